@@ -1,0 +1,1 @@
+"""Where fairy2i meets other libraries."""

@@ -1,0 +1,183 @@
+"""The transformers quantizer: QAT checkpoints that `from_pretrained` reads back as QAT models.
+
+`config.json` carries
+
+    "quantization_config": {"quant_method": "fairy2i", "format_version": 1, "mode": "qat",
+                            "method": [{"scheme": {...}, "modules": [name, ... or "*"]}, ...],
+                            "skip_lm_head": false, "skip_modules": [name, ...]}
+
+written from what was really replaced, with full module names, so loading repeats the conversion and never decides anew.
+The weights beside it are the master weights under their plain names (and learned ``scales``), which any tool can read.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..convert import ConversionReport, Method, replace_modules_for_qat
+from ..qat import QATLinear
+from ..schemes import Scheme, resolve_method, scheme_from_dict
+
+FORMAT_VERSION = 1
+MODES = ("qat",)
+
+
+class Fairy2iConfig(QuantizationConfigMixin):
+    """The quantization config of transformers for this library.
+
+    Args:
+        method: as for replace_modules_for_qat, or the list that a saved config has.
+        skip_lm_head, skip_modules: as for replace_modules_for_qat.
+        mode: "qat": linear layers become QATLinear with trainable master weights.
+        format_version: version of the checkpoint format.
+
+    Raises:
+        ValueError: unknown method, mode or format version.
+    """
+
+    def __init__(
+        self,
+        method: Any = "complex_phase_v2",
+        skip_lm_head: bool | None = None,
+        skip_modules: Any = (),
+        mode: str = "qat",
+        format_version: int = FORMAT_VERSION,
+        **unknown: Any,
+    ) -> None:
+        unknown.pop("quant_method", None)
+        if unknown:
+            raise ValueError(f"quantization_config of fairy2i has no field {', '.join(sorted(unknown))}")
+        if format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"the checkpoint has fairy2i format version {format_version}, this version reads {FORMAT_VERSION}; "
+                "upgrade with: pip install -U fairy2i"
+            )
+        if mode not in MODES:
+            raise ValueError(f"unknown mode {mode!r} in quantization_config. Known modes: {', '.join(MODES)}")
+        self.quant_method = "fairy2i"  # type: ignore[assignment]
+        self.format_version = format_version
+        self.mode = mode
+        self.method: dict[str, Scheme | None] = _read_method(method)
+        self.skip_lm_head = skip_lm_head
+        self.skip_modules = list(skip_modules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON-able form that is written to config.json."""
+        return {
+            "quant_method": "fairy2i",
+            "format_version": self.format_version,
+            "mode": self.mode,
+            "method": [
+                {"scheme": scheme and scheme.to_dict(), "modules": list(patterns)}
+                for scheme, patterns in _runs(self.method)
+            ],
+            "skip_lm_head": self.skip_lm_head,
+            "skip_modules": self.skip_modules,
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return :meth:`to_dict`: every field is written."""
+        return self.to_dict()
+
+
+def _runs(method: dict[str, Scheme | None]) -> Iterator[tuple[Scheme | None, Iterator[str]]]:
+    """Group neighbouring patterns of one scheme; their order decides and is kept."""
+    return itertools.groupby(method, key=method.__getitem__)
+
+
+def _read_method(method: Any) -> dict[str, Scheme | None]:
+    if isinstance(method, str | Scheme):
+        return {"*": resolve_method(method)}
+    if isinstance(method, dict):
+        return {pattern: value and resolve_method(value) for pattern, value in method.items()}
+    return {
+        pattern: entry["scheme"] and scheme_from_dict(entry["scheme"])
+        for entry in method
+        for pattern in entry["modules"]
+    }
+
+
+def _loaded(parameter: Tensor) -> bool:
+    """Whether transformers read this parameter from the checkpoint."""
+    return getattr(parameter, "_is_hf_initialized", False)
+
+
+class Fairy2iQuantizer(HfQuantizer):
+    """Turns a model skeleton into a QAT model before transformers loads its weights."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: Fairy2iConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        config = self.quantization_config
+        assert isinstance(config, Fairy2iConfig)
+        method: Method = config.method
+        replace_modules_for_qat(model, method, config.skip_lm_head, config.skip_modules)
+        self.quantization_config = model.config.quantization_config
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name, layer in model.named_modules():
+            if isinstance(layer, QATLinear) and layer.scales is not None:
+                if not self.pre_quantized:
+                    layer.init_scales()
+                elif _loaded(layer.weight) and not _loaded(layer.scales):
+                    raise ValueError(f"the checkpoint has no {name}.scales, expected shape {tuple(layer.scales.shape)}")
+        return model
+
+    def is_serializable(self, safe_serialization: bool | None = None) -> bool:
+        """A QAT model saves its master weights."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """A QAT model trains."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """A QAT model trains."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """A QAT model compiles without graph breaks."""
+        return True
+
+
+if "fairy2i" not in AUTO_QUANTIZER_MAPPING:  # both functions raise on a second registration
+    register_quantization_config("fairy2i")(Fairy2iConfig)
+    register_quantizer("fairy2i")(Fairy2iQuantizer)
+
+
+def record_conversion(model: Any, report: ConversionReport | None) -> None:
+    """Set or clear the quantization attributes of a transformers model, so that saving and the Trainer know it.
+
+    Args:
+        model: a PreTrainedModel, changed in place.
+        report: what was replaced; None: the model is plain again.
+    """
+    if report is None:
+        HfQuantizer.remove_quantization_config(None, model)  # type: ignore[arg-type]
+        return
+    by_scheme: dict[Scheme, list[str]] = {}
+    for layer in report.replaced:
+        by_scheme.setdefault(layer.scheme, []).append(layer.name)
+    default = max(by_scheme, key=lambda scheme: len(by_scheme[scheme]))
+    method: dict[str, Scheme | None] = {
+        name: scheme for scheme, names in by_scheme.items() if scheme != default for name in names
+    }
+    config = Fairy2iConfig(
+        method={**method, "*": default}, skip_lm_head=False, skip_modules=[name for name, _, _ in report.skipped]
+    )
+    model.config.quantization_config = config
+    model.hf_quantizer = Fairy2iQuantizer(config, pre_quantized=True)
+    model.quantization_method = config.quant_method
+    model.is_quantized = True

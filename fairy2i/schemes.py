@@ -1,0 +1,226 @@
+"""Schemes: what decides how a weight becomes codes and scales, as plain data.
+
+A scheme is a frozen, validated, JSON-able dataclass. It travels with a layer from training to the packed checkpoint and
+knows nothing of modules. METHODS names the schemes of the paper; a method is a name or a scheme. A new variant is a new
+value here, not a new class.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .baselines import real_dequantize, real_quantize, real_scale_gradient
+from .granularity import GRANULARITIES, Granularity, group_shape
+from .phase_quant import phase_dequantize, phase_quantize, phase_scale_gradient
+
+ScaleKind = Literal["mean", "joint", "learned"]
+
+
+def _check_choice(field: str, value: object, known: tuple[object, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{field} must be one of {', '.join(map(repr, known))}, got {value!r}")
+
+
+def _check_int(field: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{field} must be a whole number from {low} to {high}, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """What all schemes share: the groups that have a scale of their own, and where scales come from.
+
+    Attributes:
+        granularity: "tensor", "row" or "tile".
+        tile: side of a tile in entries; used by "tile" only.
+        scales: "mean" (recomputed from the weight), "joint" (least squares over the stages, recomputed) or "learned"
+            (a trained parameter that starts from the fit).
+    """
+
+    kind: ClassVar[str]
+    granularity: Granularity = "tensor"
+    tile: int = 64
+    scales: ScaleKind = "mean"
+
+    def __post_init__(self) -> None:
+        _check_choice("granularity", self.granularity, GRANULARITIES)
+        _check_int("tile", self.tile, 1, 1 << 20)
+
+    @property
+    def learned(self) -> bool:
+        """Whether the scales are parameters."""
+        return self.scales == "learned"
+
+    def unsupported(self, out_features: int, in_features: int) -> str | None:
+        """Return why a matrix of this shape cannot be quantized, or None if it can."""
+        return "has no entries" if out_features == 0 or in_features == 0 else None
+
+    def scale_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
+        """Return the shape of the scales of a (out_features, in_features) matrix."""
+        raise NotImplementedError
+
+    def code_bits(self) -> float:
+        """Return the stored bits of code per real weight, scales not counted."""
+        raise NotImplementedError
+
+    def quantize(self, weight: Tensor, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return (codes uint8, scales float32) of a (out, in) matrix; with ``scales`` given only the codes are new."""
+        raise NotImplementedError
+
+    def dequantize(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """Return the dense float32 (out, in) weight of codes and scales."""
+        raise NotImplementedError
+
+    def scale_gradient(self, grad: Tensor, codes: Tensor) -> Tensor:
+        """Return the gradient of the scales from the (out, in) gradient of the dense weight."""
+        raise NotImplementedError
+
+    def bits_per_weight(self, out_features: int, in_features: int) -> float:
+        """Return the true bits per real weight: codes plus float32 scales."""
+        numel = out_features * in_features
+        return self.code_bits() + 32 * torch.Size(self.scale_shape(out_features, in_features)).numel() / numel
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-able dict that :func:`scheme_from_dict` reads back."""
+        return {"kind": self.kind, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseScheme(Scheme):
+    """Complex phase codes in residual stages: T stages are T bits per real weight (:mod:`fairy2i.phase_quant`).
+
+    Attributes:
+        stages: number of residual stages, 1 to 8.
+        refits: rounds of the joint fit ("joint" scales, and the start of "learned" ones).
+
+    Raises:
+        ValueError: a field has an unknown or impossible value.
+    """
+
+    kind: ClassVar[str] = "phase"
+    stages: int = 2
+    refits: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice("scales", self.scales, ("mean", "joint", "learned"))
+        _check_int("stages", self.stages, 1, 8)
+        _check_int("refits", self.refits, 1, 1000)
+
+    def unsupported(self, out_features: int, in_features: int) -> str | None:
+        if out_features % 2 or in_features % 2:
+            return f"odd size {out_features}x{in_features}: features cannot be paired into complex numbers"
+        return super().unsupported(out_features, in_features)
+
+    def scale_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
+        group = group_shape(out_features // 2, in_features // 2, self.granularity, self.tile)
+        return (self.stages, 2, 2, *group)
+
+    def code_bits(self) -> float:
+        return float(self.stages)
+
+    def quantize(self, weight: Tensor, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return phase_quantize(
+            weight,
+            stages=self.stages,
+            granularity=self.granularity,
+            tile=self.tile,
+            refits=0 if self.scales == "mean" else self.refits,
+            scales=scales,
+        )
+
+    def dequantize(self, codes: Tensor, scales: Tensor) -> Tensor:
+        return phase_dequantize(codes, scales, granularity=self.granularity, tile=self.tile)
+
+    def scale_gradient(self, grad: Tensor, codes: Tensor) -> Tensor:
+        return phase_scale_gradient(grad, codes, granularity=self.granularity, tile=self.tile)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealScheme(Scheme):
+    """Real binary or ternary codes, the paper's baselines (:mod:`fairy2i.baselines`).
+
+    Attributes:
+        levels: 2 (binary, 1 bit) or 3 (ternary, stored in 2 bits).
+
+    Raises:
+        ValueError: a field has an unknown or impossible value.
+    """
+
+    kind: ClassVar[str] = "real"
+    levels: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice("scales", self.scales, ("mean", "learned"))
+        _check_choice("levels", self.levels, (2, 3))
+
+    def scale_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
+        return group_shape(out_features, in_features, self.granularity, self.tile)
+
+    def code_bits(self) -> float:
+        return 1.0 if self.levels == 2 else 2.0
+
+    def quantize(self, weight: Tensor, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return real_quantize(weight, levels=self.levels, granularity=self.granularity, tile=self.tile, scales=scales)
+
+    def dequantize(self, codes: Tensor, scales: Tensor) -> Tensor:
+        return real_dequantize(codes, scales, levels=self.levels, granularity=self.granularity, tile=self.tile)
+
+    def scale_gradient(self, grad: Tensor, codes: Tensor) -> Tensor:
+        return real_scale_gradient(grad, codes, levels=self.levels, granularity=self.granularity, tile=self.tile)
+
+
+METHODS: dict[str, Scheme] = {
+    "bitnet": RealScheme(levels=2),
+    "bitnet_1_58": RealScheme(levels=3),
+    "complex_phase_v1": PhaseScheme(stages=1),
+    "complex_phase_v2": PhaseScheme(stages=2),
+    "complex_phase_v3": PhaseScheme(stages=3),
+    "complex_phase_v4": PhaseScheme(stages=4),
+}
+
+_KINDS: dict[str, type[Scheme]] = {cls.kind: cls for cls in (PhaseScheme, RealScheme)}
+
+
+def resolve_method(method: "str | Scheme") -> Scheme:
+    """Return the scheme of a method name, or the scheme itself.
+
+    Raises:
+        ValueError: the name is unknown; the message lists the known ones.
+        TypeError: ``method`` is neither a name nor a scheme.
+    """
+    if isinstance(method, Scheme):
+        return method
+    if not isinstance(method, str):
+        raise TypeError(f"a method is a name or a scheme, got {type(method).__name__}")
+    if method not in METHODS:
+        close = difflib.get_close_matches(method, METHODS, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown method {method!r}.{hint} Known methods: {', '.join(METHODS)}")
+    return METHODS[method]
+
+
+def method_name(scheme: Scheme) -> str:
+    """Return the name of a scheme in METHODS, or its repr if it has none."""
+    return next((name for name, known in METHODS.items() if known == scheme), repr(scheme))
+
+
+def scheme_from_dict(data: dict[str, Any]) -> Scheme:
+    """Read back what :meth:`Scheme.to_dict` wrote.
+
+    Raises:
+        ValueError: the kind or a field is unknown, or a value is impossible.
+    """
+    fields = dict(data)
+    kind = fields.pop("kind", None)
+    if kind not in _KINDS:
+        raise ValueError(f"unknown scheme kind {kind!r}. Known kinds: {', '.join(_KINDS)}")
+    known = {field.name for field in dataclasses.fields(_KINDS[kind])}
+    if unknown := sorted(set(fields) - known):
+        raise ValueError(f"a {kind} scheme has no field {', '.join(unknown)}. Known fields: {', '.join(sorted(known))}")
+    return _KINDS[kind](**fields)
