@@ -46,7 +46,9 @@ def real_quantize(
     scales = scales.clamp(min=SCALE_MIN)
     if levels == 2:
         mean = expand_groups(group_sum(w, granularity, tile) / count, rows, cols, granularity, tile)
-        return (w >= mean).to(torch.uint8), scales
+        # a second pass takes the rounding out: else a constant group may lie below its own mean and change its sign
+        rest = expand_groups(group_sum(w - mean, granularity, tile) / count, rows, cols, granularity, tile)
+        return (w >= mean + rest).to(torch.uint8), scales
     ratio = w / expand_groups(scales, rows, cols, granularity, tile)
     return (ratio.round().clamp(-1, 1) + 1).to(torch.uint8), scales
 
