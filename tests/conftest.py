@@ -1,0 +1,34 @@
+"""Shared fixtures. Nothing here, or in any test, reaches for the network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the first import of transformers
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compiler processes on small machines
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+# Examples are the same in each run, and a slow machine does not make a test fail.
+settings.register_profile(
+    "fairy2i", derandomize=True, deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("fairy2i")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Start each test from the same random state."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder of real models and texts that lies beside the repository."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the shared data folder (../shared/data beside the repository) is not on this machine")
+    return SHARED_DATA
