@@ -153,7 +153,8 @@ class QATLinear(nn.Linear):
                 "use DDP or FSDP2, which gather the weight before the forward."
             )
         device_type = x.device.type
-        if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+        if autocast and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device_type))
         elif x.dtype != self.weight.dtype:
             raise RuntimeError(f"input is {x.dtype} but the weight is {self.weight.dtype}; cast one or use autocast")
@@ -166,7 +167,10 @@ class QATLinear(nn.Linear):
     def _apply(self, fn: Any, recurse: bool = True) -> "QATLinear":
         # Scales stay float32 when the module is cast: rounding them would move every weight of a group at once.
         exact = None if self.scales is None else self.scales.data
+        grad = None if self.scales is None or self.scales.grad is None else self.scales.grad.data
         super()._apply(fn, recurse)
         if exact is not None and self.scales is not None and self.scales.dtype != torch.float32:
             self.scales.data = exact.to(self.scales.device)
+            if self.scales.grad is not None and grad is not None:
+                self.scales.grad.data = grad.to(self.scales.device)
         return self
