@@ -46,7 +46,7 @@ class ConversionReport:
         replaced: the layers that are quantized now, those of an earlier call included.
         skipped: (name, (out, in), reason) of the linear layers that are not.
         unreachable: names and shapes of fused expert weights that a swap of linear layers cannot reach.
-        total_parameters: parameters of the whole model, shared ones counted once.
+        total_parameters: parameters of the whole model, shared ones counted once, learned scales not.
     """
 
     replaced: list[ReplacedLayer] = field(default_factory=list)
@@ -163,7 +163,7 @@ def _replace_everywhere(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> 
 
 def _check_not_quantized(model: nn.Module) -> None:
     config = getattr(model, "config", None)
-    if done := getattr(config, DEQUANTIZED_KEY, None):
+    if done := getattr(config, DEQUANTIZED_KEY, None) or getattr(model, DEQUANTIZED_KEY, None):
         raise ValueError(
             f"the weights of this model are already quantized values ({done}), written by convert_to_inference_mode. "
             "Quantizing them again would move them. Load the QAT checkpoint instead and go on from its master weights."
@@ -212,7 +212,8 @@ def replace_modules_for_qat(
     names = {name for name, _, _ in layers}
     head = _output_head(model)
     embeddings = _embedding_ids(model)
-    report = ConversionReport(total_parameters=sum(p.numel() for p in model.parameters()))
+    scales = {id(module.scales) for module in model.modules() if isinstance(module, QATLinear)}
+    report = ConversionReport(total_parameters=sum(p.numel() for p in model.parameters() if id(p) not in scales))
     plan: list[tuple[nn.Module, Scheme]] = []
     used: set[str] = set()
     for name, module, shape in layers:
