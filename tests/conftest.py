@@ -11,6 +11,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# The models here are tiny: threads would only wait for each other, much so where a machine is shared.
+torch.set_num_threads(1)
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # Examples are the same in each run, and a slow machine does not make a test fail.

@@ -344,7 +344,7 @@ def test_a_sharded_weight_is_an_error_that_says_what_to_use():
     try:
         mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
         layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(0)]))
-        with pytest.raises(RuntimeError, match="Tensor parallelism splits the paired halves.*FSDP2"):
+        with pytest.raises(RuntimeError, match=r"Tensor parallelism splits the paired halves.*FSDP2"):
             layer(torch.randn(2, 24))
     finally:
         dist.destroy_process_group()

@@ -115,7 +115,7 @@ def test_an_unknown_method_lists_the_known_and_suggests_the_nearest(near):
 
 
 def test_a_far_miss_suggests_nothing():
-    with pytest.raises(ValueError, match="unknown method 'gptq'. Known methods: ") as error:
+    with pytest.raises(ValueError, match=r"unknown method 'gptq'\. Known methods: ") as error:
         resolve_method("gptq")
     assert "mean" not in str(error.value)
 
