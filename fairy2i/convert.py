@@ -141,8 +141,8 @@ def _is_tied(model: nn.Module, head: nn.Module, embeddings: set[int]) -> bool:
 def _fused_experts(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
     found = []
     for prefix, module in model.named_modules():
-        if type(module).__module__.startswith("torch.nn."):
-            continue  # convolutions have 3-D weights of their own
+        if type(module).__module__.startswith("torch.nn.") or isinstance(module, QATLinear):
+            continue  # convolutions have 3-D weights of their own, and learned scales may be 3-D
         for name, parameter in module.named_parameters(prefix, recurse=False):
             if parameter.dim() == 3 and parameter.is_floating_point():
                 found.append((name, tuple(parameter.shape)))

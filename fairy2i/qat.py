@@ -89,7 +89,7 @@ class QATLinear(nn.Linear):
         if fan_in_fan_out:
             self.weight = nn.Parameter(self.weight.detach().T.contiguous())
         if scheme.learned:
-            shape = scheme.scale_shape(out_features, in_features)
+            shape = scheme.scale_shape(out_features, in_features) or (1,)  # FSDP2 shards no scalar parameters
             self.scales = nn.Parameter(torch.empty(shape, dtype=torch.float32, device=self.weight.device))
             self.init_scales()
         else:
@@ -122,6 +122,13 @@ class QATLinear(nn.Linear):
         """The master weight as (out_features, in_features), whatever way it is stored: a view."""
         return self.weight.T if self.fan_in_fan_out else self.weight
 
+    @property
+    def group_scales(self) -> Tensor | None:
+        """The learned scales in the shape that the scheme says (a single one is stored as (1,)), or None: a view."""
+        if self.scales is None:
+            return None
+        return self.scales.view(self.scheme.scale_shape(self.out_features, self.in_features))
+
     @torch.no_grad()
     def init_scales(self) -> None:
         """Set learned scales to the fit of the present weight; nothing to do without learned scales or on "meta".
@@ -134,7 +141,7 @@ class QATLinear(nn.Linear):
     @torch.no_grad()
     def codes_and_scales(self) -> tuple[Tensor, Tensor]:
         """Return what the forward uses: (codes uint8, scales float32), shaped as the scheme says."""
-        return self.scheme.quantize(self.matrix, self.scales)
+        return self.scheme.quantize(self.matrix, self.group_scales)
 
     @torch.no_grad()
     def quantized_weight(self) -> Tensor:
@@ -158,7 +165,7 @@ class QATLinear(nn.Linear):
             x = x.to(torch.get_autocast_dtype(device_type))
         elif x.dtype != self.weight.dtype:
             raise RuntimeError(f"input is {x.dtype} but the weight is {self.weight.dtype}; cast one or use autocast")
-        return _QuantizedLinear.apply(x, self.matrix, self.scales, self.bias, self.scheme)
+        return _QuantizedLinear.apply(x, self.matrix, self.group_scales, self.bias, self.scheme)
 
     def extra_repr(self) -> str:
         """Show the method beside the sizes."""
