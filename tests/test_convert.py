@@ -151,6 +151,14 @@ def test_a_subclass_of_linear_is_left_alone_with_the_reason():
     assert report.skipped == [("1", (4, 4), "Special is its own kind of linear layer")]
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "row", "tile"])
+def test_learned_scales_are_not_taken_for_expert_weights(granularity):
+    model = Block()
+    replace_modules_for_qat(model, PhaseScheme(granularity=granularity, tile=2, scales="learned"))
+    report = replace_modules_for_qat(model, V2)
+    assert report.unreachable == []
+
+
 # Choosing by name
 
 

@@ -1,0 +1,313 @@
+"""transformers: what config.json says, what from_pretrained reads back, and the errors of broken checkpoints."""
+
+import importlib
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import logits, tiny_model, token_batch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+import fairy2i.integrations.transformers as integration
+from fairy2i import METHODS, Fairy2iConfig, PhaseScheme, QATLinear, convert_to_inference_mode, replace_modules_for_qat
+
+V2 = "complex_phase_v2"
+LEARNED = PhaseScheme(granularity="row", scales="learned")
+MIXED = {"*.layers.0.*": "complex_phase_v4", "down_proj": None, "*_proj": LEARNED, "lm_head": "bitnet"}
+
+
+def schemes(model):
+    return {name: module.scheme for name, module in model.named_modules() if isinstance(module, QATLinear)}
+
+
+def saved_qat(path, method=V2, tied=False, dtype=torch.float32, **kwargs):
+    """Save a tiny QAT model and return it."""
+    model = tiny_model("llama", tied, dtype=dtype)
+    replace_modules_for_qat(model, method, **kwargs)
+    model.save_pretrained(path)
+    return model
+
+
+def read_config(path):
+    return json.loads((path / "config.json").read_text())
+
+
+def edit_config(path, **fields):
+    config = read_config(path)
+    config["quantization_config"].update(fields)
+    (path / "config.json").write_text(json.dumps(config))
+
+
+# What is written
+
+
+def test_config_json_carries_the_documented_fields(tmp_path):
+    saved_qat(tmp_path, skip_modules=["lm_head"])
+    assert read_config(tmp_path)["quantization_config"] == {
+        "quant_method": "fairy2i",
+        "format_version": 1,
+        "mode": "qat",
+        "method": [{"scheme": METHODS[V2].to_dict(), "modules": ["*"]}],
+        "skip_lm_head": False,
+        "skip_modules": ["lm_head"],
+    }
+
+
+def test_the_weights_beside_it_are_the_master_weights_under_their_plain_names(tmp_path):
+    plain = tiny_model("llama").state_dict()
+    saved_qat(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert sorted(tensors) == sorted(plain)
+    assert all(torch.equal(tensors[name], plain[name]) for name in plain)
+
+
+def test_the_checkpoint_without_its_quantization_config_is_the_plain_model(tmp_path):
+    saved_qat(tmp_path)
+    config = read_config(tmp_path)
+    del config["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(tiny_model("llama")))
+
+
+def test_a_replaced_model_says_so_until_it_is_converted(tmp_path):
+    model = tiny_model("llama")
+    replace_modules_for_qat(model, V2)
+    assert model.is_quantized
+    assert model.quantization_method == "fairy2i"
+    assert model.hf_quantizer.is_trainable
+    assert model.hf_quantizer.is_qat_trainable
+    assert model.hf_quantizer.is_compileable
+    assert model.hf_quantizer.is_serializable()
+    convert_to_inference_mode(model)
+    assert not getattr(model, "is_quantized", False)
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in read_config(tmp_path)
+    assert read_config(tmp_path)["fairy2i_dequantized"] == V2
+
+
+# What is read back
+
+
+@pytest.mark.parametrize("method", [*METHODS, LEARNED], ids=str)
+def test_every_method_reloads_as_it_was_saved(method, tmp_path):
+    model = saved_qat(tmp_path, method)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert schemes(loaded) == schemes(model)
+    assert torch.equal(logits(loaded), logits(model))
+    assert all(p.requires_grad for p in loaded.parameters())
+
+
+def test_mixed_precision_reloads_with_the_scheme_of_each_layer(tmp_path):
+    model = saved_qat(tmp_path, MIXED)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert len(set(schemes(model).values())) == 3
+    assert schemes(loaded) == schemes(model)
+    assert "model.layers.1.mlp.down_proj" not in schemes(loaded)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("skip", [None, True, False])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_head_reloads_as_it_was_saved(tied, skip, tmp_path):
+    model = saved_qat(tmp_path, tied=tied, skip_lm_head=skip)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded.lm_head, QATLinear) is isinstance(model.lm_head, QATLinear)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is tied
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_reloaded_checkpoint_saves_the_same_checkpoint(tmp_path):
+    saved_qat(tmp_path / "one", MIXED)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
+    assert read_config(tmp_path / "two") == read_config(tmp_path / "one")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert sorted(one) == sorted(two)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cast", [False, True], ids=["saved narrow", "loaded narrow"])
+def test_learned_scales_stay_float32_and_exact_in_narrow_checkpoints(cast, dtype, tmp_path):
+    model = saved_qat(tmp_path, LEARNED, dtype=torch.float32 if cast else dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert cast or torch.equal(logits(loaded), logits(model))
+    model.to(dtype)
+    for name in schemes(model):
+        layer, expected = loaded.get_submodule(name), model.get_submodule(name)
+        assert layer.weight.dtype == dtype
+        assert layer.scales.dtype == torch.float32
+        assert torch.equal(layer.scales, expected.scales)
+        assert torch.equal(layer.quantized_weight(), expected.quantized_weight())
+
+
+def test_a_sharded_checkpoint_reloads(tmp_path):
+    model = tiny_model("llama")
+    replace_modules_for_qat(model, LEARNED)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_the_backbone_alone_loads_from_the_checkpoint_of_a_causal_model(tmp_path):
+    from transformers import AutoModel
+
+    model = saved_qat(tmp_path)
+    with torch.no_grad():
+        hidden = AutoModel.from_pretrained(tmp_path)(token_batch()).last_hidden_state
+        assert torch.equal(hidden, model.model(token_batch()).last_hidden_state)
+
+
+# On the fly
+
+
+@pytest.mark.parametrize("method", [V2, "bitnet", LEARNED, MIXED], ids=["v2", "bitnet", "learned", "mixed"])
+def test_a_plain_checkpoint_becomes_qat_while_it_loads(method, tmp_path):
+    plain = tiny_model("llama")
+    plain.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=Fairy2iConfig(method))
+    replace_modules_for_qat(plain, method)
+    assert schemes(loaded) == schemes(plain)
+    assert torch.equal(logits(loaded), logits(plain))
+
+
+def test_what_was_loaded_on_the_fly_saves_and_reloads(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "plain")
+    config = Fairy2iConfig(LEARNED, skip_lm_head=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=config)
+    model.save_pretrained(tmp_path / "qat")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "qat")
+    assert schemes(loaded) == schemes(model)
+    assert "lm_head" not in schemes(loaded)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_tied_head_is_left_alone_on_the_fly(tmp_path):
+    tiny_model("llama", tied=True).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=Fairy2iConfig(V2))
+    assert "lm_head" not in schemes(loaded)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+# Fairy2iConfig
+
+
+@pytest.mark.parametrize("method", [V2, LEARNED, MIXED], ids=["name", "scheme", "mapping"])
+def test_the_config_survives_json(method):
+    config = Fairy2iConfig(method, skip_lm_head=True, skip_modules=["a", "b*"])
+    back = Fairy2iConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert back.to_dict() == config.to_dict()
+    assert list(back.method.items()) == list(config.method.items())  # the order decides
+
+
+def test_the_order_of_a_mapping_survives_even_where_schemes_alternate():
+    method = {"a": V2, "b": "bitnet", "c": V2, "*": None}
+    entries = Fairy2iConfig(method).to_dict()["method"]
+    assert [entry["modules"] for entry in entries] == [["a"], ["b"], ["c"], ["*"]]
+    assert list(Fairy2iConfig(entries).method) == list(method)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"format_version": 2},
+            r"format version 2, this version reads 1; upgrade with: pip install -U fairy2i",
+        ),
+        ({"mode": "paked"}, r"unknown mode 'paked'.*Known modes: qat"),
+        ({"group_size": 128}, r"no field group_size"),
+        ({"method": "complex_phase_v22"}, r"unknown method 'complex_phase_v22'. Did you mean"),
+        ({"method": [{"scheme": {"kind": "vector"}, "modules": ["*"]}]}, r"unknown scheme kind 'vector'"),
+        ({"method": [{"scheme": {"kind": "phase", "bits": 2}, "modules": ["*"]}]}, r"no field bits"),
+    ],
+)
+def test_an_unknown_version_mode_field_or_scheme_is_an_error(fields, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        Fairy2iConfig(**fields)
+    saved_qat(tmp_path)
+    edit_config(tmp_path, **fields)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_transformers_reads_the_config_as_ours(tmp_path):
+    saved_qat(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.quantization_config["quant_method"] == "fairy2i"
+    assert AUTO_QUANTIZATION_CONFIG_MAPPING["fairy2i"] is Fairy2iConfig
+
+
+# Broken checkpoints
+
+
+def test_missing_learned_scales_are_an_error_that_names_the_tensor_and_its_shape(tmp_path):
+    saved_qat(tmp_path, LEARNED)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.scales"
+    shape = tuple(tensors.pop(name).shape)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=re.escape(f"{name}, expected shape {shape}")):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_scales_of_a_wrong_shape_are_an_error_that_names_the_tensor(tmp_path):
+    saved_qat(tmp_path, LEARNED)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.scales"
+    tensors[name] = tensors[name][:1].clone()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="mismatched"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_layer_of_the_config_that_the_model_lacks_is_an_error(tmp_path):
+    saved_qat(tmp_path)
+    entries = [
+        {"scheme": METHODS["bitnet"].to_dict(), "modules": ["model.layers.7.mlp.up_proj"]},
+        {"scheme": METHODS[V2].to_dict(), "modules": ["*"]},
+    ]
+    edit_config(tmp_path, method=entries)
+    with pytest.raises(ValueError, match=r"no linear layer matches 'model.layers.7.mlp.up_proj'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+# Registration
+
+
+def test_importing_again_is_harmless():
+    try:
+        importlib.reload(integration)
+        assert AUTO_QUANTIZER_MAPPING["fairy2i"].__name__ == "Fairy2iQuantizer"
+        assert AUTO_QUANTIZATION_CONFIG_MAPPING["fairy2i"].__name__ == "Fairy2iConfig"
+    finally:  # the registered classes are those of the first import: put them back beside the functions that use them
+        integration.Fairy2iConfig = AUTO_QUANTIZATION_CONFIG_MAPPING["fairy2i"]
+        integration.Fairy2iQuantizer = AUTO_QUANTIZER_MAPPING["fairy2i"]
+
+
+# Training around it
+
+
+def test_gradient_checkpointing_of_a_model_changes_no_bit():
+    results = []
+    for checkpointing in (False, True):
+        model = tiny_model("llama").train()
+        replace_modules_for_qat(model, LEARNED)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        loss = model(token_batch(), labels=token_batch()).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_autocast_trains_a_model_with_float32_master_weights():
+    model = tiny_model("llama").train()
+    replace_modules_for_qat(model, LEARNED)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(token_batch(), labels=token_batch())
+    assert out.logits.dtype == torch.bfloat16
+    out.loss.backward()
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+    assert all(p.grad.isfinite().all() for p in model.parameters())
