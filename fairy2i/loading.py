@@ -1,0 +1,155 @@
+"""Open what users name: a model by path or Hub id, documents by file, folder or Hub data set."""
+
+import glob
+import json
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+import torch
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .convert import Method
+from .schemes import METHODS, Scheme, resolve_method, scheme_from_dict
+
+logger = logging.getLogger(__name__)
+
+DOCUMENT_SEPARATOR = "<|endoftext|>"
+_COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
+_TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+def load_model_and_tokenizer(
+    model: str, *, gguf_file: str | None = None, tokenizer: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        model: a folder or a Hub id. A QAT checkpoint comes back as a QAT model.
+        gguf_file: name of a GGUF file inside ``model``; its weights are dequantized (needs the package ``gguf``).
+        tokenizer: folder or Hub id of the tokenizer, if it does not lie with the model.
+        dtype: dtype of the weights.
+
+    Raises:
+        FileNotFoundError: ``model`` looks like a local path and is not there.
+        OSError: neither a folder nor a model that the Hub can give.
+    """
+    looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
+    model = os.path.expanduser(model)
+    if looks_local and not os.path.isdir(model):
+        raise FileNotFoundError(f"there is no model folder {model}; give a folder with a config.json or a Hub id")
+    extra = {"gguf_file": gguf_file} if gguf_file else {}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **extra)
+    if gguf_file and getattr(loaded, "hf_quantizer", None) is not None:
+        loaded.hf_quantizer.remove_quantization_config(loaded)  # the weights are plain now; let the model be saved
+    return loaded, AutoTokenizer.from_pretrained(os.path.expanduser(tokenizer or model))
+
+
+def parse_method(text: str | dict[str, Any] | None) -> Method | None:
+    """Read a method as scripts and YAML files give it.
+
+    Args:
+        text: a method name; "none" or None; a scheme as a dict with ``kind``; a mapping {pattern: any of these}; or the
+            JSON text of one of the last two.
+
+    Returns:
+        What replace_modules_for_qat takes, or None for an unquantized model.
+
+    Raises:
+        ValueError: unknown name, kind or field, or text that is neither a name nor JSON.
+    """
+    if isinstance(text, str) and text.lstrip().startswith("{"):
+        try:
+            text = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"the method {text!r} is not valid JSON: {error}") from None
+    if text is None or text == "none":
+        return None
+    if isinstance(text, str):
+        if text not in METHODS:
+            resolve_method(text)  # raises and lists the known names
+        return text
+    if not isinstance(text, dict):
+        raise ValueError(f"a method is a name, a scheme or a mapping of patterns to these, got {text!r}")
+    if "kind" in text:
+        return scheme_from_dict(text)
+    mapping: dict[str, str | Scheme | None] = {}
+    for pattern, value in text.items():
+        entry = parse_method(value)
+        if not (entry is None or isinstance(entry, str | Scheme)):
+            raise ValueError(f"the pattern {pattern!r} must stand for one method, got the mapping {value!r}")
+        mapping[pattern] = entry
+    return mapping
+
+
+def _suffix(path: str) -> str:
+    stem, suffix = os.path.splitext(path)
+    return os.path.splitext(stem)[1].lower() if suffix in _COMPRESSIONS else suffix.lower()
+
+
+def _text_documents(paths: list[str]) -> Iterator[dict[str, str]]:
+    for path in paths:
+        with fsspec.open(path, "rt", encoding="utf-8", compression="infer") as file:
+            for document in file.read().split(DOCUMENT_SEPARATOR):
+                if document.strip():
+                    yield {"text": document}
+
+
+def _local_files(source: str) -> list[str]:
+    source = os.path.expanduser(source)
+    if os.path.isdir(source):
+        found = sorted(path for path in glob.glob(os.path.join(source, "**"), recursive=True) if os.path.isfile(path))
+        if not found:
+            raise FileNotFoundError(f"the folder {source} has no files")
+        return found
+    return sorted(glob.glob(source)) or ([source] if os.path.isfile(source) else [])
+
+
+def read_documents(source: str, *, split: str = "train", text_column: str = "text") -> Dataset:
+    """Read documents from local files or a Hub data set.
+
+    Args:
+        source: a file, a folder or a glob of one kind of file: JSONL, JSON or parquet (one row a document), anything
+            else is plain text, where a line ``<|endoftext|>`` parts documents and a file without one is a single
+            document; all may be compressed (gz, xz, bz2, zst). Or a Hub data set, ``id`` or ``id:config``.
+        split: split of a Hub data set.
+        text_column: the column that holds the text.
+
+    Returns:
+        A datasets.Dataset with the one column "text".
+
+    Raises:
+        FileNotFoundError: ``source`` looks like a path and is not there.
+        ValueError: files of several kinds or that cannot be read, no such column, or no text at all.
+    """
+    files = _local_files(source)
+    if files:
+        kinds = {_TABLES.get(_suffix(path), "text") for path in files}
+        if len(kinds) > 1:
+            raise ValueError(f"{source} mixes {', '.join(sorted(kinds))} files; name those of one kind")
+        kind = kinds.pop()
+        if kind == "text":
+            documents = Dataset.from_list(list(_text_documents(files)))
+            text_column = "text"
+        else:
+            try:
+                documents = load_dataset(kind, data_files=files, split="train")
+            except StopIteration:  # what datasets makes of files without a single row
+                raise ValueError(f"{source} has no text in it") from None
+            except DatasetGenerationError as error:
+                raise ValueError(f"{source} cannot be read as {kind}: {error.__cause__}") from error
+    elif _suffix(source) in (".txt", *_TABLES) or source.startswith((".", "/", "~")) or "*" in source:
+        raise FileNotFoundError(f"there is no file or folder {source}")
+    else:
+        name, _, config = source.partition(":")
+        documents = load_dataset(name, config or None, split=split)
+    if not len(documents):
+        raise ValueError(f"{source} has no text in it")
+    if text_column not in documents.column_names:
+        raise ValueError(f"{source} has no column {text_column!r}; it has {', '.join(documents.column_names)}")
+    documents = documents.select_columns([text_column])
+    return documents if text_column == "text" else documents.rename_column(text_column, "text")

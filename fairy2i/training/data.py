@@ -1,0 +1,85 @@
+"""Token blocks for language modelling, by the rule of the paper.
+
+Documents are tokenized without BOS, each gets an EOS, all are joined and cut into blocks of one length; the rest is
+dropped. The label right after an EOS is masked: the first token of a document cannot be told from the one before.
+"""
+
+import logging
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+IGNORE_INDEX = -100
+
+
+class TokenBlocks(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Blocks of one length from one long row of tokens, with masked labels.
+
+    Args:
+        tokens: (total,), any integer dtype; a memory map will do.
+        block_size: tokens in a block.
+        eos_token_id: token whose successor is not a label.
+
+    Raises:
+        ValueError: fewer tokens than one block.
+    """
+
+    def __init__(self, tokens: NDArray[np.integer], block_size: int, eos_token_id: int) -> None:
+        if block_size < 2:
+            raise ValueError(f"block_size must be at least 2, got {block_size}")
+        if len(tokens) < block_size:
+            raise ValueError(f"the text has {len(tokens)} tokens, less than one block of {block_size}; give more text")
+        self.tokens = tokens
+        self.block_size = block_size
+        self.eos_token_id = eos_token_id
+
+    def __len__(self) -> int:
+        return len(self.tokens) // self.block_size
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return ``input_ids`` and ``labels``, int64 (block_size,) each; the model shifts the labels."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"block {index} of {len(self)}")
+        start = index * self.block_size
+        ids = torch.from_numpy(self.tokens[start : start + self.block_size].astype(np.int64))
+        labels = ids.clone()
+        labels[1:][ids[:-1] == self.eos_token_id] = IGNORE_INDEX
+        return {"input_ids": ids, "labels": labels}
+
+
+def tokenize_documents(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int | None = None
+) -> NDArray[np.int32]:
+    """Tokenize and join documents, each with EOS behind it.
+
+    Args:
+        documents: has a column "text".
+        tokenizer: must have an EOS token.
+        num_proc: worker processes; None for one.
+
+    Returns:
+        int32 (total tokens,). The result of each document set and tokenizer is cached by ``datasets``.
+
+    Raises:
+        ValueError: the tokenizer has no EOS token.
+    """
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError("the tokenizer has no EOS token, which parts documents; set tokenizer.eos_token and save it")
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        encoded = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return {"input_ids": [[*ids, eos] for ids in encoded["input_ids"]]}
+
+    workers = num_proc if num_proc and num_proc > 1 and len(documents) >= 1000 else None
+    encoded = documents.map(encode, batched=True, num_proc=workers, remove_columns=["text"], desc="Tokenizing")
+    column = encoded.with_format("arrow")[:]["input_ids"].combine_chunks()
+    tokens = column.flatten().to_numpy(zero_copy_only=False).astype(np.int32)
+    logger.info("%s documents, %s tokens", f"{len(documents):,}", f"{len(tokens):,}")
+    return tokens

@@ -1,0 +1,207 @@
+"""Quantization-aware training on the Hugging Face Trainer: arguments, and one function that runs them."""
+
+import json
+import logging
+import math
+import os
+import signal
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..convert import replace_modules_for_qat
+from ..loading import load_model_and_tokenizer, parse_method, read_documents
+from .data import TokenBlocks, tokenize_documents
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class QATArguments:
+    """What to train, how it is quantized, and on what text."""
+
+    model: str = field(default="", metadata={"help": "Model to start from: a folder or a Hub id."})
+    gguf_file: str | None = field(default=None, metadata={"help": "A GGUF file inside the model folder to load."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Tokenizer, if it does not lie with the model."})
+    quant_method: str = field(
+        default="complex_phase_v2",
+        metadata={"help": "Method name, 'none', or JSON: a scheme, or a mapping of module patterns to methods."},
+    )
+    skip_lm_head: bool | None = field(
+        default=None, metadata={"help": "Leave the output head in full precision. Default: only where it is tied."}
+    )
+    skip_modules: list[str] = field(default_factory=list, metadata={"help": "Patterns of layers to leave alone."})
+    data: str = field(default="", metadata={"help": "Training text: file, folder, glob, or Hub data set (id:config)."})
+    data_split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
+    text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
+    eval_data: str | None = field(default=None, metadata={"help": "Held-out text; its loss is measured at the end."})
+    block_size: int = field(default=2048, metadata={"help": "Tokens in a block."})
+    num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize. Default: all cores."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
+
+
+@dataclass
+class QATTrainingArguments(TrainingArguments):
+    """TrainingArguments with the optimizer settings of the paper as defaults; bf16 where the GPU has it."""
+
+    output_dir: str = field(default="outputs/qat", metadata={"help": "Where checkpoints and the model go."})
+    learning_rate: float = field(default=3e-5, metadata={"help": "Peak learning rate."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Second beta of AdamW."})
+    max_grad_norm: float = field(default=2.0, metadata={"help": "Gradient norm to clip at."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+
+    def __post_init__(self) -> None:
+        if not self.bf16 and not self.fp16 and not self.use_cpu:
+            self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        super().__post_init__()
+
+
+class StopAndSave(TrainerCallback):
+    """Turn the first ctrl-C or SIGTERM into a checkpoint and a clean end; a second one stops at once."""
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self.previous: dict[int, Any] = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.stopped = True
+        logger.warning("stopping after this step with a checkpoint; once more stops at once and loses it")
+        signal.signal(number, self.previous[number])
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Install the handlers."""
+        self.previous = {number: signal.signal(number, self._handle) for number in self.signals}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Save and stop if a signal came, to any of the processes."""
+        if args.world_size > 1:  # all stop after the same step, or some would wait for the others for ever
+            stopped = torch.tensor(int(self.stopped), device=args.device)
+            torch.distributed.all_reduce(stopped, torch.distributed.ReduceOp.MAX)
+            self.stopped = bool(stopped)
+        if self.stopped:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the old handlers back."""
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
+def make_trainer(
+    model: nn.Module,
+    args: TrainingArguments,
+    train_data: Dataset[Any],
+    eval_data: Dataset[Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Trainer:
+    """Return a Trainer for token blocks; train, evaluate and save with it as usual."""
+    return Trainer(
+        model=model,
+        args=args,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        processing_class=tokenizer,
+        data_collator=default_data_collator,  # blocks are of one length: nothing to pad
+    )
+
+
+def _checkpoint_to_resume(args: TrainingArguments, resume: bool, model: nn.Module) -> str | None:
+    """Return the checkpoint to go on from, or None to start afresh.
+
+    Raises:
+        ValueError: there are checkpoints and nobody said to resume, or the checkpoint is of another method.
+    """
+    last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir or "") else None
+    checkpoint = args.resume_from_checkpoint or (last if resume else None)
+    if checkpoint is None:
+        if last is not None:
+            raise ValueError(
+                f"{args.output_dir} already has {os.path.basename(last)}; add --resume to go on from it, or choose "
+                "another --output_dir"
+            )
+        if resume:
+            logger.warning("nothing to resume in %s, starting afresh", args.output_dir)
+        return None
+    with open(os.path.join(checkpoint, "config.json"), encoding="utf-8") as file:
+        saved = json.load(file).get("quantization_config")
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if saved != (config and config.to_dict()):
+        raise ValueError(f"{checkpoint} was trained with another quant_method; give the same one to resume")
+    logger.info("resuming from %s", checkpoint)
+    return checkpoint
+
+
+def run_training(qat: QATArguments, args: QATTrainingArguments) -> dict[str, float]:
+    """Load a model, quantize it, train it, save it.
+
+    The trained model, its tokenizer and ``train_results.json`` lie in ``args.output_dir`` afterwards.
+
+    Returns:
+        The metrics of the Trainer, with ``train_tokens`` and, where there is held-out text, ``eval_perplexity``.
+
+    Raises:
+        ValueError, FileNotFoundError: an argument is missing or wrong; the message says what to give instead.
+    """
+    for name in ("model", "data"):
+        if not getattr(qat, name):
+            raise ValueError(f"--{name} is missing; give it on the command line or in the --config file")
+    method = parse_method(qat.quant_method)
+    set_seed(args.seed)
+    model, tokenizer = load_model_and_tokenizer(qat.model, gguf_file=qat.gguf_file, tokenizer=qat.tokenizer)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context and qat.block_size > context:
+        raise ValueError(f"--block_size {qat.block_size} is longer than the model's context of {context}")
+    if method is not None:
+        logger.info("%s", replace_modules_for_qat(model, method, qat.skip_lm_head, qat.skip_modules))
+    checkpoint = _checkpoint_to_resume(args, qat.resume, model)
+
+    workers = qat.num_proc or os.cpu_count()
+
+    def blocks(source: str) -> TokenBlocks:
+        documents = read_documents(source, split=qat.data_split, text_column=qat.text_column)
+        return TokenBlocks(tokenize_documents(documents, tokenizer, workers), qat.block_size, tokenizer.eos_token_id)
+
+    with args.main_process_first(desc="tokenizing"):
+        train_data = blocks(qat.data)
+        eval_data = blocks(qat.eval_data) if qat.eval_data else None
+
+    model.config.use_cache = False  # no key-value cache in training; put back before saving
+    trainer = make_trainer(model, args, train_data, eval_data, tokenizer)
+    stop = StopAndSave()
+    trainer.add_callback(stop)
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        stop.on_train_end(args, trainer.state, trainer.control)  # an error in training comes past the callback
+    metrics = dict(result.metrics)
+    if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
+        logger.warning("stopped at step %d of %d; --resume goes on", trainer.state.global_step, trainer.state.max_steps)
+        return metrics
+    blocks_a_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    metrics["train_tokens"] = trainer.state.global_step * blocks_a_step * qat.block_size
+    if eval_data is not None:
+        metrics |= trainer.evaluate()
+        metrics["eval_perplexity"] = math.exp(min(metrics["eval_loss"], 700))
+    model.config.use_cache = True
+    trainer.save_model()
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+    return metrics
