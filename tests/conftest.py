@@ -29,6 +29,14 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """Let ``datasets`` cache in a folder of this test, where nothing from before is found."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+
+
 @pytest.fixture(scope="session")
 def shared_data():
     """The folder of real models and texts that lies beside the repository."""

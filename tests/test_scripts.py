@@ -1,0 +1,215 @@
+"""The scripts, as a user starts them: settings from YAML and flags, results in files, errors in one line."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_text import save_tiny_model, tiny_text
+from transformers import AutoModelForCausalLM
+
+from fairy2i import METHODS, QATLinear
+from fairy2i.evaluation.perplexity import perplexity, tokenize_text
+from fairy2i.loading import load_model_and_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+V2 = "complex_phase_v2"
+
+
+def script(path):
+    spec = importlib.util.spec_from_file_location(Path(path).stem + "_script", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+train, eval_ppl = script("train/train.py"), script("eval/eval_ppl.py")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("inputs")
+    save_tiny_model(path / "model")
+    (path / "text.txt").write_text(tiny_text(300), encoding="utf-8")
+    return path
+
+
+def settings(folder, output, **more):
+    base = {"model": folder / "model", "data": folder / "text.txt", "output_dir": output}
+    values = {key: str(value) for key, value in base.items()}
+    return {**values, "block_size": 32, "use_cpu": True, "max_steps": 1, "report_to": "none", **more}
+
+
+def flags(values):
+    return [text for name, value in values.items() for text in (f"--{name}", str(value))]
+
+
+def write_yaml(path, values):
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return str(path)
+
+
+def parsed(monkeypatch, argv):
+    """Return the two argument objects that the training script would run with."""
+    calls = []
+    monkeypatch.setattr(train, "run_training", lambda *args: calls.append(args))
+    train.main(argv)
+    return calls[0]
+
+
+def error_of(call, *args):
+    with pytest.raises(SystemExit) as caught:
+        call(*args)
+    return str(caught.value.code)
+
+
+# Settings
+
+
+def test_flags_win_over_the_config_file(tmp_path, monkeypatch):
+    config = write_yaml(tmp_path / "c.yaml", {"model": "from_file", "max_steps": 7, "skip_modules": ["a", "b"]})
+    qat, args = parsed(monkeypatch, ["--max_steps", "2", "--config", config, "--skip_modules", "c", "--use_cpu"])
+    assert (qat.model, args.max_steps, qat.skip_modules) == ("from_file", 2, ["c"])
+
+
+def test_yaml_values_of_each_type_arrive(tmp_path, monkeypatch):
+    values = {
+        "skip_lm_head": True,
+        "resume": False,
+        "learning_rate": 4.0e-4,
+        "max_steps": -1,
+        "skip_modules": ["a", "b"],
+        "quant_method": {"*_proj": V2, "lm_head": None},
+        "tokenizer": None,
+        "use_cpu": True,
+    }
+    qat, args = parsed(monkeypatch, ["--config", write_yaml(tmp_path / "c.yaml", values)])
+    assert (qat.skip_lm_head, qat.resume, qat.skip_modules, qat.tokenizer) == (True, False, ["a", "b"], None)
+    assert (args.learning_rate, args.max_steps, args.use_cpu) == (4e-4, -1, True)
+    assert json.loads(qat.quant_method) == values["quant_method"]
+
+
+@pytest.mark.parametrize("values", [{}, {"skip_modules": []}])
+def test_an_empty_file_or_list_leaves_the_defaults(tmp_path, monkeypatch, values):
+    qat, _ = parsed(monkeypatch, ["--config", write_yaml(tmp_path / "c.yaml", values), "--use_cpu"])
+    assert (qat.skip_modules, qat.skip_lm_head, qat.quant_method) == ([], None, V2)
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs" / "train").rglob("*.yaml")), ids=lambda path: path.name)
+def test_the_shipped_configs_are_accepted_as_they_are_written(monkeypatch, config):
+    qat, args = parsed(monkeypatch, ["--config", str(config), "--use_cpu"])
+    for name, value in yaml.safe_load(config.read_text()).items():
+        arrived = getattr(qat, name) if hasattr(qat, name) else getattr(args, name)
+        assert arrived == value, name
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("learning_rat", "unknown setting 'learning_rat'. Did you mean 'learning_rate'?"),
+        ("quant_metod", "unknown setting 'quant_metod'. Did you mean 'quant_method'?"),
+        ("zzz", "unknown setting 'zzz'."),
+        ("config", "unknown setting 'config'."),
+    ],
+)
+def test_an_unknown_setting_is_refused_with_a_suggestion(tmp_path, name, message):
+    error = error_of(train.main, ["--config", write_yaml(tmp_path / "c.yaml", {name: 1})])
+    assert error.startswith("error: ")
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--learning_rat", "1"], "--learning_rat"),
+        (["--config", "no.yaml"], "no.yaml"),
+        ([], "--model is missing"),
+        (["--model", "./no", "--data", "x"], "no model folder ./no"),
+        (["--model", "./no", "--data", "x", "--quant_method", "bitnett"], "Did you mean 'bitnet'"),
+    ],
+)
+def test_a_wrong_argument_is_an_error_of_one_line(argv, message):
+    error = error_of(train.main, [*argv, "--use_cpu"])
+    assert error.startswith("error: ")
+    assert message in error
+    assert "\n" not in error
+
+
+def test_a_config_that_is_no_mapping_is_refused(tmp_path):
+    assert "must be a mapping" in error_of(train.main, ["--config", write_yaml(tmp_path / "c.yaml", ["model"])])
+
+
+# Train, then measure
+
+
+def test_what_the_training_script_writes_the_perplexity_script_measures(folder, tmp_path, capsys):
+    out, results = tmp_path / "out", tmp_path / "new" / "results.json"
+    config = write_yaml(tmp_path / "c.yaml", settings(folder, out, max_steps=5, quant_method=V2))
+    train.main(["--config", config, "--max_steps", "2"])
+    assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 2
+
+    text = str(folder / "text.txt")
+    argv = ["--model", str(out), "--data", text, "--window", "32", "--max_windows", "5", "--device", "cpu"]
+    eval_ppl.main(eval_ppl.parse_args([*argv, "--batch_size", "2", "--output", str(results)]))
+    (result,) = json.loads(results.read_text())["results"]
+    model, tokenizer = load_model_and_tokenizer(str(out))
+    expected = perplexity(model, tokenize_text(Path(text).read_text(), tokenizer), 32, max_windows=5, batch_size=2)
+    assert expected.perplexity < 1000
+    assert {key: result[key] for key in expected.to_dict()} == expected.to_dict()
+    assert (result["method"], result["data"]) == (f"trained: {V2}", text)
+    assert f"{expected.perplexity:.2f}" in capsys.readouterr().out
+
+
+def test_methods_are_measured_one_by_one_on_the_untouched_model(folder, tmp_path, capsys):
+    results = tmp_path / "results.json"
+    argv = ["--model", str(folder / "model"), "--data", str(folder / "text.txt"), "--window", "64", "--device", "cpu"]
+    eval_ppl.main(eval_ppl.parse_args([*argv, "--quant_method", V2, "none", "bitnet", "--output", str(results)]))
+    rows = json.loads(results.read_text())["results"]
+    assert [row["method"] for row in rows] == [V2, "none", "bitnet"]
+    assert len({row["perplexity"] for row in rows}) == 3
+    assert rows[1]["bits_per_weight"] is None
+    assert 1 < rows[2]["bits_per_weight"] < 2 < rows[0]["bits_per_weight"] < 3
+    model, tokenizer = load_model_and_tokenizer(str(folder / "model"))
+    plain = perplexity(model, tokenize_text((folder / "text.txt").read_text(), tokenizer), 64)
+    assert rows[1]["perplexity"] == plain.perplexity
+    assert capsys.readouterr().out.count("\n") == 2 + 3
+
+
+def test_an_unknown_method_is_refused_before_anything_is_measured(folder, monkeypatch):
+    monkeypatch.setattr(eval_ppl, "load_model_and_tokenizer", lambda *args, **kwargs: pytest.fail("loaded first"))
+    argv = ["--model", "x", "--data", str(folder / "text.txt"), "--quant_method", "none", "bitnett"]
+    with pytest.raises(ValueError, match=r"Did you mean 'bitnet'"):
+        eval_ppl.main(eval_ppl.parse_args(argv))
+
+
+# In processes of their own
+
+
+def start(*command):
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+
+
+def test_accelerate_launches_the_training_script(folder, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    done = start(*launch, str(ROOT / "train/train.py"), *flags(settings(folder, tmp_path / "out")))
+    assert done.returncode == 0, done.stderr
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert {layer.scheme for layer in model.modules() if isinstance(layer, QATLinear)} == {METHODS[V2]}
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_the_shell_script_hands_its_arguments_on(folder):
+    done = start(
+        *("bash", str(ROOT / "eval/eval_ppl.sh"), str(folder / "model"), "--data", str(folder / "text.txt")),
+        *("--window", "64", "--max_windows", "2", "--quant_method", "none", "bitnet"),
+    )
+    assert done.returncode == 0, done.stderr
+    header, _, *rows = done.stdout.splitlines()
+    assert header.startswith("| model | method |")
+    assert [row.split("|")[2].strip() for row in rows] == ["none", "bitnet"]

@@ -1,0 +1,261 @@
+"""Training from arguments to a checkpoint, on a tiny random LLaMA: the result, resuming, and stopping by a signal."""
+
+import json
+import math
+import os
+import shutil
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from tiny_text import EOS, save_tiny_model, tiny_text, tiny_tokenizer
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from fairy2i import METHODS, PhaseScheme, QATLinear
+from fairy2i.loading import read_documents
+from fairy2i.training import trainer as module
+from fairy2i.training.data import TokenBlocks, tokenize_documents
+from fairy2i.training.trainer import QATArguments, QATTrainingArguments, StopAndSave, run_training
+
+V2 = "complex_phase_v2"
+LEARNED = PhaseScheme(granularity="row", scales="learned")
+STEPS, BATCH, ACCUMULATION, BLOCK = 4, 2, 2, 16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Return a folder with a model (with dropout, so that the random state counts), and two texts."""
+    path = tmp_path_factory.mktemp("inputs")
+    save_tiny_model(path / "model", attention_dropout=0.2)
+    (path / "train.txt").write_text("<|endoftext|>".join(tiny_text(40, i) for i in range(8)), encoding="utf-8")
+    (path / "held_out.txt").write_text("<|endoftext|>".join(tiny_text(7, 3 * i) for i in range(5)), encoding="utf-8")
+    return path
+
+
+def train(folder, output, method=V2, *, resume=False, block_size=BLOCK, eval_data=None, **settings):
+    """Run four steps, with a checkpoint after the second, or what the settings say; return the metrics."""
+    qat = QATArguments(
+        model=str(folder / "model"),
+        data=str(folder / "train.txt"),
+        quant_method=method,
+        eval_data=eval_data,
+        block_size=block_size,
+        resume=resume,
+    )
+    defaults = {
+        "max_steps": STEPS,
+        "save_steps": 2,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": BATCH,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "logging_steps": 1,
+    }
+    fixed = {"output_dir": str(output), "use_cpu": True, "disable_tqdm": True, "report_to": "none"}
+    return run_training(qat, QATTrainingArguments(**{**defaults, **fixed, **settings}))
+
+
+@pytest.fixture(scope="module")
+def straight(folder, tmp_path_factory):
+    """Return the output folder and the metrics of a run that nothing interrupted."""
+    output = tmp_path_factory.mktemp("straight")
+    return output, train(folder, output, eval_data=str(folder / "held_out.txt"))
+
+
+def weights(path):
+    return load_file(path / "model.safetensors")
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+class InStep(TrainerCallback):
+    """Do something at the beginning of a step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            self.action()
+
+
+@pytest.fixture
+def in_step(monkeypatch):
+    """Return a function that lets something happen in a step of the next run."""
+    original = module.make_trainer
+
+    def arrange(step, action):
+        def make_trainer(*args):
+            trainer = original(*args)
+            trainer.add_callback(InStep(step, action))
+            return trainer
+
+        monkeypatch.setattr(module, "make_trainer", make_trainer)
+
+    return arrange
+
+
+# The result
+
+
+def test_the_output_reloads_as_the_qat_model_that_was_trained(folder, straight):
+    output, _ = straight
+    model = AutoModelForCausalLM.from_pretrained(output)
+    schemes = [layer.scheme for layer in model.modules() if isinstance(layer, QATLinear)]
+    assert schemes == [METHODS[V2]] * 15
+    assert same(weights(output), weights(output / "checkpoint-4"))
+    start = weights(folder / "model")
+    assert [name for name, value in weights(output).items() if torch.equal(value, start[name])] == []
+
+
+def test_the_metrics_are_those_of_the_run(straight):
+    output, metrics = straight
+    losses = [log["loss"] for log in json.loads((output / "trainer_state.json").read_text())["log_history"][:STEPS]]
+    assert metrics["train_loss"] == pytest.approx(sum(losses) / STEPS, rel=1e-3)
+    assert losses[-1] < losses[0]
+    assert metrics["train_tokens"] == STEPS * BATCH * ACCUMULATION * BLOCK
+    assert json.loads((output / "train_results.json").read_text())["train_tokens"] == metrics["train_tokens"]
+
+
+@torch.no_grad()
+def test_the_held_out_perplexity_is_that_of_the_saved_model(folder, straight):
+    output, metrics = straight
+    tokens = tokenize_documents(read_documents(str(folder / "held_out.txt")), tiny_tokenizer())
+    model = AutoModelForCausalLM.from_pretrained(output)
+    batches = list(TokenBlocks(tokens, BLOCK, EOS))
+    ids = torch.stack([block["input_ids"] for block in batches])
+    labels = torch.stack([block["labels"] for block in batches])
+    assert (labels == -100).any() and len(batches) <= 8, "one batch of evaluation, some labels masked"
+    loss = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert metrics["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics["eval_perplexity"] == math.exp(metrics["eval_loss"])
+
+
+def test_the_saved_model_generates_with_a_cache_and_has_its_tokenizer(straight):
+    output, _ = straight
+    assert json.loads((output / "config.json").read_text())["use_cache"] is True
+    assert (output / "tokenizer.json").is_file()
+
+
+def test_method_none_trains_the_plain_model(folder, tmp_path):
+    train(folder, tmp_path, "none", max_steps=1)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+
+
+# Arguments
+
+
+@pytest.mark.parametrize("name", ["model", "data"])
+def test_a_missing_argument_is_named(name):
+    qat = QATArguments(**{"model": "x", "data": "x", name: ""})
+    with pytest.raises(ValueError, match=rf"--{name} is missing"):
+        run_training(qat, QATTrainingArguments(use_cpu=True))
+
+
+def test_a_block_longer_than_the_context_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"--block_size 65 is longer than the model's context of 64"):
+        train(folder, tmp_path, block_size=65)
+
+
+def test_the_defaults_are_those_of_the_paper():
+    args = QATTrainingArguments(use_cpu=True)
+    assert (args.learning_rate, args.adam_beta1, args.adam_beta2, args.max_grad_norm) == (3e-5, 0.9, 0.95, 2.0)
+    assert QATArguments().quant_method == V2
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("method", [V2, json.dumps(LEARNED.to_dict())], ids=["v2", "learned"])
+def test_training_in_two_goes_is_training_in_one_bit_for_bit(folder, straight, tmp_path, in_step, method):
+    one, two = tmp_path / "one", tmp_path / "two"
+    if method == V2:
+        one = straight[0]
+    else:
+        train(folder, one, method)
+    shutil.copytree(one / "checkpoint-2", two / "checkpoint-2")
+    in_step(1, lambda: pytest.fail("the first step is done already"))
+    train(folder, two, method, resume=True)
+    assert not same(weights(two / "checkpoint-2"), weights(two))
+    assert same(weights(one), weights(two))
+
+
+def test_checkpoints_are_not_overwritten_without_being_asked(folder, straight, tmp_path):
+    shutil.copytree(straight[0] / "checkpoint-2", tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match=r"already has checkpoint-2; add --resume .* or choose another --output_dir"):
+        train(folder, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("method", ["complex_phase_v1", "none", json.dumps({"*_proj": V2})])
+def test_a_checkpoint_of_another_method_is_not_resumed(folder, straight, tmp_path, method):
+    shutil.copytree(straight[0] / "checkpoint-2", tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match=r"checkpoint-2 was trained with another quant_method"):
+        train(folder, tmp_path, method, resume=True)
+
+
+def test_resuming_from_nothing_starts_afresh(folder, tmp_path):
+    assert train(folder, tmp_path, resume=True, max_steps=1)["train_tokens"] == BATCH * ACCUMULATION * BLOCK
+
+
+# Signals
+
+
+@pytest.fixture
+def handlers():
+    """Check that the signal handlers are afterwards what they were before."""
+    before = [signal.getsignal(number) for number in StopAndSave.signals]
+    yield
+    assert [signal.getsignal(number) for number in StopAndSave.signals] == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_that_goes_on_as_if_nothing_had_been(
+    folder, straight, tmp_path, in_step, handlers, number
+):
+    in_step(3, lambda: os.kill(os.getpid(), number))
+    metrics = train(folder, tmp_path, save_strategy="no")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"], "a stopped run does not look finished"
+    assert "train_tokens" not in metrics
+    in_step(1, lambda: pytest.fail("the first step is done already"))
+    train(folder, tmp_path, save_strategy="no", resume=True)
+    assert same(weights(tmp_path), weights(straight[0]))
+
+
+def test_a_signal_in_the_last_step_loses_nothing(folder, straight, tmp_path, in_step, handlers):
+    in_step(STEPS, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    train(folder, tmp_path, save_strategy="no")
+    assert same(weights(tmp_path), weights(straight[0]))
+
+
+def test_an_error_in_training_puts_the_handlers_back(folder, tmp_path, in_step, handlers):
+    def fail():
+        raise RuntimeError("out of memory")
+
+    in_step(2, fail)
+    with pytest.raises(RuntimeError, match=r"out of memory"):
+        train(folder, tmp_path)
+
+
+def test_a_second_ctrl_c_stops_at_once(handlers):
+    stop = StopAndSave()
+    stop.on_train_begin(None, None, None)
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    stop.on_train_end(None, None, None)
+    assert stop.stopped
+
+
+@pytest.mark.parametrize(("here", "elsewhere"), [(False, False), (False, True), (True, False)])
+def test_all_processes_stop_after_the_same_step(monkeypatch, here, elsewhere):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flag, op: flag.clamp_(min=int(elsewhere)))
+    stop, control = StopAndSave(), SimpleNamespace(should_save=False, should_training_stop=False)
+    stop.stopped = here
+    stop.on_step_end(SimpleNamespace(world_size=2, device="cpu"), None, control)
+    assert {stop.stopped, control.should_save, control.should_training_stop} == {here or elsewhere}
