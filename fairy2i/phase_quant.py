@@ -38,17 +38,18 @@ def phase_encode(re: Tensor, im: Tensor) -> Tensor:
     Returns:
         uint8 codes of that shape, 0 = -1, 1 = +1, 2 = -i, 3 = +i.
     """
-    p, q = re + im, re - im
-    p_positive = (p > 0) | ((p == 0) & (q >= 0))
-    q_positive = (q > 0) | ((q == 0) & (p <= 0))
+    p, minus_q = re + im, im - re
+    p_positive = torch.where(p == 0, re, p) >= 0  # p = 0: q = 2 re has the sign of re
+    q_positive = torch.where(minus_q == 0, p, minus_q) <= 0
     return (p_positive != q_positive).to(torch.uint8) * 2 + p_positive.to(torch.uint8)
 
 
 def phase_units(codes: Tensor) -> tuple[Tensor, Tensor]:
     """Return the unit each code stands for as float32 (re, im), entries in {-1, 0, 1}, shaped as ``codes``."""
-    sign = (codes & 1).float() * 2 - 1
-    imaginary = (codes >> 1).float()
-    return sign * (1 - imaginary), sign * imaginary
+    p = codes & 1
+    q = p ^ (codes >> 1)
+    p, q = p.to(torch.int8), q.to(torch.int8)  # 1 where p and q are positive: re = (p + q) - 1, im = p - q
+    return (p + q - 1).float(), (p - q).float()
 
 
 def _least_squares(units: Tensor, target: Tensor, granularity: Granularity, tile: int) -> Tensor:
@@ -99,7 +100,9 @@ def _encode_stages(
         else:
             scale = given[t]
         full = expand_groups(scale, rows, cols, granularity, tile)  # (2, 2, n, m) or broadcastable
-        re, im = re - full[:, 0] * unit_re, im - full[:, 1] * unit_im
+        if t + 1 < stages:
+            re = torch.addcmul(re, full[:, 0], unit_re, value=-1)
+            im = torch.addcmul(im, full[:, 1], unit_im, value=-1)
         all_codes.append(codes)
         all_scales.append(scale)
     return torch.stack(all_codes), torch.stack(all_scales)
@@ -129,7 +132,7 @@ def _decode(codes: Tensor, scales: Tensor, granularity: Granularity, tile: int) 
     full = expand_groups(scales, rows, cols, granularity, tile)
     re, im = full[0, :, 0] * unit_re[0], full[0, :, 1] * unit_im[0]
     for t in range(1, codes.shape[0]):
-        re, im = re + full[t, :, 0] * unit_re[t], im + full[t, :, 1] * unit_im[t]
+        re, im = torch.addcmul(re, full[t, :, 0], unit_re[t]), torch.addcmul(im, full[t, :, 1], unit_im[t])
     return re, im
 
 

@@ -39,8 +39,8 @@ def to_parts(weight: Tensor) -> tuple[Tensor, Tensor]:
     _check_even(weight.shape)
     n, m = weight.shape[0] // 2, weight.shape[1] // 2
     a11, a12, a21, a22 = weight[:n, :m], weight[:n, m:], weight[n:, :m], weight[n:, m:]
-    re = torch.stack((a11 + a22, a11 - a22)) / 2
-    im = torch.stack((a21 - a12, a12 + a21)) / 2
+    re = torch.stack((a11 + a22, a11 - a22)).div_(2)
+    im = torch.stack((a21 - a12, a12 + a21)).div_(2)
     return re, im
 
 

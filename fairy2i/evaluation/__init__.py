@@ -1,0 +1,1 @@
+"""Evaluation: perplexity under named protocols, and the tables that show it."""

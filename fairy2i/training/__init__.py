@@ -1,0 +1,1 @@
+"""Training: data, arguments, and the wiring around the Hugging Face Trainer."""
