@@ -20,7 +20,7 @@ import transformers
 from transformers.utils.logging import set_verbosity_warning
 
 import fairy2i
-from fairy2i import replace_modules_for_qat
+from fairy2i import convert_to_inference_mode, replace_modules_for_qat
 from fairy2i.evaluation.perplexity import load_eval_text, perplexity, tokenize_text
 from fairy2i.evaluation.table import markdown_table, number
 from fairy2i.loading import load_model_and_tokenizer, parse_method
@@ -53,10 +53,14 @@ def main(args: argparse.Namespace) -> None:
         model, tokenizer = load_model_and_tokenizer(
             args.model, gguf_file=args.gguf_file, tokenizer=args.tokenizer, dtype=getattr(torch, args.dtype)
         )
-        bits = None
         trained = {method_name(m.scheme) for m in model.modules() if isinstance(m, QATLinear)}
-        if method is not None and not trained:
-            bits = replace_modules_for_qat(model, method, args.skip_lm_head).bits_per_weight
+        if trained and args.quant_method != ["none"]:
+            raise ValueError(f"{args.model} was trained with {', '.join(sorted(trained))}; leave out --quant_method")
+        bits = None
+        if trained or method is not None:
+            # a QATLinear stays what it is; all are then written out, so that no window quantizes anew
+            bits = replace_modules_for_qat(model, method or next(iter(trained)), args.skip_lm_head).bits_per_weight
+            convert_to_inference_mode(model)
         model.to(args.device)
         for text in texts:
             tokens = tokenize_text(text.text, tokenizer)
@@ -75,7 +79,14 @@ def main(args: argparse.Namespace) -> None:
     rows = []
     for r in results:
         names = [os.path.basename(args.model.rstrip("/")), r["method"], os.path.basename(r["data"]), r["protocol"]]
-        rows.append([*names, r["window"], number(r["perplexity"]), f"{r['standard_error']:.4f}"])
+        rows.append(
+            [
+                *names,
+                r["window"],
+                number(r["perplexity"]),
+                "-" if r["standard_error"] is None else f"{r['standard_error']:.4f}",
+            ]
+        )
     print(markdown_table(header, rows))
     if args.output:
         versions = {module.__name__: module.__version__ for module in (fairy2i, torch, transformers)}

@@ -1,4 +1,4 @@
-"""Train the small model of the demo from scratch: a LLaMA of about one million parameters on Python's own documentation.
+"""Train the small model of the demo from scratch: a LLaMA of a million parameters, on Python's own documentation.
 
     python examples/make_demo_model.py            # writes examples/demo_model, about 10 minutes on two cores
 

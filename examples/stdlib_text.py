@@ -1,7 +1,7 @@
 """English text that every Python installation carries: the help topics of the language and the library's docstrings.
 
-The help topics (`pydoc_data.topics`, about 460 KB) are the text of the demo: five of them are held out to measure on, the
-others train. Topics repeat each other, so a paragraph counts once, and never on both sides. Docstrings are used to
+The help topics (`pydoc_data.topics`, about 460 KB) are the text of the demo: five of them are held out to measure on,
+the others train. Topics repeat each other, so a paragraph counts once, and never on both sides. Docstrings are used to
 pretrain the demo model only.
 """
 
@@ -10,7 +10,6 @@ import inspect
 import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
-
 from pydoc_data.topics import topics
 
 HELD_OUT = ("calls", "comparisons", "import", "objects", "raise")

@@ -4,7 +4,7 @@ The forward multiplies with the quantized weight q exactly (not `w + (q - w).det
 in bfloat16). The backward is straight-through: the gradient of q is handed to the master weight as it is, because the
 widely-linear transform is linear and invertible. q is not kept for the backward; it is made again there, so a layer
 holds no dense copy while its activations wait. Learned scales get the true gradient with the codes held constant,
-times LSQ's 1/sqrt(entries per scale) (arXiv 1902.08153).
+times LSQ's 1/sqrt(codes per scale) (arXiv 1902.08153).
 """
 
 import math
@@ -47,7 +47,7 @@ class _QuantizedLinear(torch.autograd.Function):
             if need_weight:
                 grad_weight = grad_dense.to(weight.dtype)
             if need_scales:
-                per_scale = weight.numel() / scales.numel()
+                per_scale = codes.numel() / scales.numel()  # a complex code uses one of its two scales
                 grad_scales = (scheme.scale_gradient(grad_dense, codes) / math.sqrt(per_scale)).to(scales.dtype)
         if need_bias:
             grad_bias = rows.sum(0).to(ctx.bias_dtype)

@@ -109,14 +109,13 @@ def test_a_weight_stored_transposed_gives_the_same_results(scheme):
 
 
 @pytest.mark.parametrize("scheme", LEARNED, ids=str)
-def test_learned_scale_gradient_is_that_of_dequantize_over_root_of_entries_per_scale(scheme):
+def test_learned_scale_gradient_is_that_of_dequantize_over_root_of_codes_per_scale(scheme):
     layer, x = make_layer(scheme), torch.randn(2, 5, 24)
     layer_gradients(layer, x)
     codes, scales = layer.codes_and_scales()
     _, (true_grad,) = gradients(lambda s: F.linear(x, scheme.dequantize(codes, s), layer.bias), scales)
-    entries = layer.weight.numel() / layer.scales.numel()
     grad = layer.scales.grad.view(scales.shape)  # a single scale is stored as (1,)
-    torch.testing.assert_close(grad, true_grad / math.sqrt(entries), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad, true_grad / math.sqrt(codes.numel() / scales.numel()), rtol=1e-5, atol=1e-5)
 
 
 def test_only_the_gradients_that_are_asked_for_are_made():

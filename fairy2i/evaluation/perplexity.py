@@ -45,7 +45,7 @@ class PerplexityResult:
     Attributes:
         perplexity: exp of ``nll``.
         nll: mean negative log-likelihood of the predicted tokens, in nats.
-        standard_error: of ``nll``, from the spread between windows; nan for a single window.
+        standard_error: of ``nll``, from the spread between windows; None for a single window.
         tokens, windows: how many tokens were predicted, in how many windows.
         window: tokens in a window.
         protocol: name of the protocol.
@@ -53,7 +53,7 @@ class PerplexityResult:
 
     perplexity: float
     nll: float
-    standard_error: float
+    standard_error: float | None
     tokens: int
     windows: int
     window: int
@@ -127,24 +127,28 @@ def perplexity(
     context = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
     if context and window > context:
         raise ValueError(f"a window of {window} tokens is longer than the model's context of {context}; use --window")
+    if window < 2 or (max_windows is not None and max_windows < 1):
+        raise ValueError(f"window must be at least 2 and max_windows at least 1, got {window} and {max_windows}")
     count = len(tokens) // window
     count = count if max_windows is None else min(count, max_windows)
-    if window < 2 or count < 1:
+    if count < 1:
         raise ValueError(f"the text has {len(tokens)} tokens, less than one window of {window}; use a smaller --window")
     device = next(model.parameters()).device
     windows = tokens[: count * window].view(count, window)
     was_training = model.training
     model.eval()
     sums: list[Tensor] = []  # negative log-likelihood of each window, in nats
-    for ids in tqdm(windows.split(batch_size), desc="Perplexity", unit="batch", disable=None if progress else True):
-        ids = ids.to(device)
-        logits = model(input_ids=ids).logits
-        for row, target in zip(logits, ids, strict=True):  # one row at a time: float32 logits of a batch are large
-            sums.append(F.cross_entropy(row[:-1].float(), target[1:], reduction="sum"))
-    model.train(was_training)
+    try:
+        for ids in tqdm(windows.split(batch_size), desc="Perplexity", unit="batch", disable=None if progress else True):
+            ids = ids.to(device)
+            logits = model(input_ids=ids).logits
+            for row, target in zip(logits, ids, strict=True):  # one row at a time: float32 logits of a batch are large
+                sums.append(F.cross_entropy(row[:-1].float(), target[1:], reduction="sum"))
+    finally:
+        model.train(was_training)
     means = torch.stack(sums).double().cpu() / (window - 1)
     nll = float(means.mean())
-    error = float(means.std() / math.sqrt(count)) if count > 1 else math.nan
+    error = float(means.std() / math.sqrt(count)) if count > 1 else None
     return PerplexityResult(math.exp(min(nll, 700)), nll, error, count * (window - 1), count, window)
 
 

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import signal
+import time
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -75,15 +76,20 @@ class StopAndSave(TrainerCallback):
     """Turn the first ctrl-C or SIGTERM into a checkpoint and a clean end; a second one stops at once."""
 
     signals = (signal.SIGINT, signal.SIGTERM)
+    echo_s = 3.0  # a launcher forwards what the terminal has sent already: that is not a second wish
 
     def __init__(self) -> None:
         self.stopped = False
+        self.since = 0.0
         self.previous: dict[int, Any] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.stopped = True
-        logger.warning("stopping after this step with a checkpoint; once more stops at once and loses it")
-        signal.signal(number, self.previous[number])
+        if self.since and time.monotonic() - self.since > self.echo_s:
+            signal.signal(number, self.previous[number])
+            signal.raise_signal(number)
+        elif not self.since:
+            self.since, self.stopped = time.monotonic(), True
+            logger.warning("stopping after this step with a checkpoint; once more stops at once and loses it")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Install the handlers."""
@@ -182,7 +188,7 @@ def run_training(qat: QATArguments, args: QATTrainingArguments) -> dict[str, flo
         train_data = blocks(qat.data)
         eval_data = blocks(qat.eval_data) if qat.eval_data else None
 
-    model.config.use_cache = False  # no key-value cache in training; put back before saving
+    use_cache = getattr(model.config, "use_cache", None)  # the Trainer turns it off
     trainer = make_trainer(model, args, train_data, eval_data, tokenizer)
     stop = StopAndSave()
     trainer.add_callback(stop)
@@ -199,7 +205,8 @@ def run_training(qat: QATArguments, args: QATTrainingArguments) -> dict[str, flo
     if eval_data is not None:
         metrics |= trainer.evaluate()
         metrics["eval_perplexity"] = math.exp(min(metrics["eval_loss"], 700))
-    model.config.use_cache = True
+    if use_cache is not None:
+        model.config.use_cache = use_cache
     trainer.save_model()
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
