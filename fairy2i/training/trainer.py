@@ -1,11 +1,13 @@
 """Quantization-aware training on the Hugging Face Trainer: arguments, and one function that runs them."""
 
+import fnmatch
 import json
 import logging
 import math
 import os
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -45,6 +47,9 @@ class QATArguments:
         default=None, metadata={"help": "Leave the output head in full precision. Default: only where it is tied."}
     )
     skip_modules: list[str] = field(default_factory=list, metadata={"help": "Patterns of layers to leave alone."})
+    freeze: list[str] = field(
+        default_factory=list, metadata={"help": "Globs of parameter names to leave untrained, as '*embed_tokens*'."}
+    )
     data: str = field(default="", metadata={"help": "Training text: file, folder, glob, or Hub data set (id:config)."})
     data_split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
@@ -128,6 +133,23 @@ def make_trainer(
     )
 
 
+def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Take the parameters whose names match a shell-style glob out of training, in place.
+
+    Raises:
+        ValueError: a pattern matches no parameter, or nothing is left to train.
+    """
+    parameters = dict(model.named_parameters())
+    for pattern in patterns:
+        names = fnmatch.filter(parameters, pattern)
+        if not names:
+            raise ValueError(f"--freeze: no parameter matches {pattern!r}; names look like {next(iter(parameters))!r}")
+        for name in names:
+            parameters[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise ValueError("--freeze leaves nothing to train")
+
+
 def _checkpoint_to_resume(args: TrainingArguments, resume: bool, model: nn.Module) -> str | None:
     """Return the checkpoint to go on from, or None to start afresh.
 
@@ -176,6 +198,7 @@ def run_training(qat: QATArguments, args: QATTrainingArguments) -> dict[str, flo
         raise ValueError(f"--block_size {qat.block_size} is longer than the model's context of {context}")
     if method is not None:
         logger.info("%s", replace_modules_for_qat(model, method, qat.skip_lm_head, qat.skip_modules))
+    freeze_parameters(model, qat.freeze)
     checkpoint = _checkpoint_to_resume(args, qat.resume, model)
 
     workers = qat.num_proc or os.cpu_count()

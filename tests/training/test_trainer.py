@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def train(folder, output, method=V2, *, resume=False, block_size=BLOCK, eval_data=None, **settings):
+def train(folder, output, method=V2, *, resume=False, block_size=BLOCK, eval_data=None, freeze=(), **settings):
     """Run four steps, with a checkpoint after the second, or what the settings say; return the metrics."""
     qat = QATArguments(
         model=str(folder / "model"),
@@ -44,6 +44,7 @@ def train(folder, output, method=V2, *, resume=False, block_size=BLOCK, eval_dat
         eval_data=eval_data,
         block_size=block_size,
         resume=resume,
+        freeze=list(freeze),
     )
     defaults = {
         "max_steps": STEPS,
@@ -261,3 +262,19 @@ def test_all_processes_stop_after_the_same_step(monkeypatch, here, elsewhere):
     stop.stopped = here
     stop.on_step_end(SimpleNamespace(world_size=2, device="cpu"), None, control)
     assert {stop.stopped, control.should_save, control.should_training_stop} == {here or elsewhere}
+
+
+def test_frozen_parameters_stay_and_the_others_move(folder, tmp_path):
+    before = weights(folder / "model")
+    train(folder, tmp_path, freeze=["*embed_tokens*", "*norm*"])
+    after = weights(tmp_path)
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in after if "embed_tokens" not in name and "norm" not in name}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"), [("*embd*", r"no parameter matches '\*embd\*'"), ("*", r"nothing to train")]
+)
+def test_a_freeze_that_cannot_be_meant_is_refused(folder, tmp_path, pattern, message):
+    with pytest.raises(ValueError, match=message):
+        train(folder, tmp_path, freeze=[pattern])
