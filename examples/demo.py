@@ -26,7 +26,7 @@ from fairy2i import METHODS, replace_modules_for_qat
 from fairy2i.evaluation.table import markdown_table, number
 from fairy2i.loading import load_model_and_tokenizer, read_documents
 from fairy2i.training.data import IGNORE_INDEX, TokenBlocks, tokenize_documents
-from fairy2i.training.trainer import QATTrainingArguments, make_trainer
+from fairy2i.training.trainer import QATTrainer, QATTrainingArguments
 
 HERE = Path(__file__).parent
 ROWS = [  # method, its name in the table
@@ -126,7 +126,7 @@ def main(args: argparse.Namespace) -> None:
             save_strategy="no",
             seed=args.seed,
         )
-        make_trainer(model, settings, train, tokenizer=tokenizer).train()
+        QATTrainer(model=model, args=settings, train_dataset=train, processing_class=tokenizer).train()
         after = block_perplexity(model, held_out)
         rows.append([title, f"{report.bits_per_weight:.2f}", number(before), number(after), f"{after / baseline:.2f}x"])
         if method == ROWS[0][0]:

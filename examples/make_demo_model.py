@@ -17,7 +17,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from fairy2i.training.data import TokenBlocks, tokenize_documents
-from fairy2i.training.trainer import QATTrainingArguments, make_trainer
+from fairy2i.training.trainer import QATTrainer, QATTrainingArguments
 
 HERE = Path(__file__).parent
 VOCABULARY, CONTEXT = 1024, 256
@@ -79,7 +79,13 @@ def main() -> None:
         save_strategy="no",
         seed=0,
     )
-    trainer = make_trainer(model, settings, blocks(documents), blocks(held_out), tokenizer)
+    trainer = QATTrainer(
+        model=model,
+        args=settings,
+        train_dataset=blocks(documents),
+        eval_dataset=blocks(held_out),
+        processing_class=tokenizer,
+    )
     trainer.train()
     logging.info("%s", trainer.evaluate())
     model.to(torch.bfloat16).save_pretrained(args.output)

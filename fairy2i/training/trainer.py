@@ -1,5 +1,6 @@
 """Quantization-aware training on the Hugging Face Trainer: arguments, and one function that runs them."""
 
+import copy
 import fnmatch
 import json
 import logging
@@ -14,9 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 from transformers import (
-    PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -27,7 +26,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..convert import replace_modules_for_qat
 from ..loading import load_model_and_tokenizer, parse_method, read_documents
+from ..qat import QATLinear
 from .data import TokenBlocks, tokenize_documents
+from .loss import distillation_loss
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,11 @@ class QATArguments:
         default=None, metadata={"help": "Leave the output head in full precision. Default: only where it is tied."}
     )
     skip_modules: list[str] = field(default_factory=list, metadata={"help": "Patterns of layers to leave alone."})
+    distill: float = field(
+        default=0.0,
+        metadata={"help": "Share of the loss that is KL to the unquantized model, 0 to 1 (try 0.5)."},
+    )
+    distill_temperature: float = field(default=1.0, metadata={"help": "Temperature of the distillation."})
     freeze: list[str] = field(
         default_factory=list, metadata={"help": "Globs of parameter names to leave untrained, as '*embed_tokens*'."}
     )
@@ -115,22 +121,48 @@ class StopAndSave(TrainerCallback):
             signal.signal(number, handler)
 
 
-def make_trainer(
-    model: nn.Module,
-    args: TrainingArguments,
-    train_data: Dataset[Any],
-    eval_data: Dataset[Any] | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> Trainer:
-    """Return a Trainer for token blocks; train, evaluate and save with it as usual."""
-    return Trainer(
-        model=model,
-        args=args,
-        train_dataset=train_data,
-        eval_dataset=eval_data,
-        processing_class=tokenizer,
-        data_collator=default_data_collator,  # blocks are of one length: nothing to pad
-    )
+class QATTrainer(Trainer):
+    """The Hugging Face Trainer for token blocks; train, evaluate and save with it as usual.
+
+    Args:
+        teacher: the unquantized model to distil from, or None for plain cross-entropy. It is moved to the device of
+            training, in bfloat16 where training is; its parameters are never trained.
+        distill, distill_temperature: see :func:`fairy2i.training.loss.distillation_loss`.
+        kwargs: as for Trainer.
+    """
+
+    def __init__(
+        self, *, teacher: nn.Module | None = None, distill: float = 0.0, distill_temperature: float = 1.0, **kwargs: Any
+    ) -> None:
+        # blocks are of one length: nothing to pad
+        super().__init__(data_collator=default_data_collator, **kwargs)
+        self.distill, self.distill_temperature = distill, distill_temperature
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.requires_grad_(False).eval()
+            teacher.to(self.args.device, torch.bfloat16 if self.args.bf16 else None)
+            self.model_accepts_loss_kwargs = True  # the sum is divided by the tokens of all accumulated batches
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> Any:
+        """Return the loss of a batch; held-out loss is always plain cross-entropy."""
+        if self.teacher is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
+        outputs = model(input_ids=inputs["input_ids"])
+        with torch.no_grad():
+            teacher = self.teacher(input_ids=inputs["input_ids"]).logits
+        loss = distillation_loss(
+            outputs.logits,
+            teacher,
+            inputs["labels"],
+            weight=self.distill,
+            temperature=self.distill_temperature,
+            count=num_items_in_batch,
+        )
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # as Trainer: gradients are averaged over the processes
+        return (loss, outputs) if return_outputs else loss
 
 
 def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -196,6 +228,15 @@ def run_training(qat: QATArguments, args: QATTrainingArguments) -> dict[str, flo
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context and qat.block_size > context:
         raise ValueError(f"--block_size {qat.block_size} is longer than the model's context of {context}")
+    if not 0 <= qat.distill <= 1 or qat.distill_temperature <= 0:
+        raise ValueError("--distill must be between 0 and 1, --distill_temperature above 0")
+    teacher = None
+    if qat.distill:
+        if method is None:
+            raise ValueError("--distill needs a --quant_method: an unquantized model has nothing to learn from itself")
+        if any(isinstance(module, QATLinear) for module in model.modules()):
+            raise ValueError("--distill needs an unquantized --model as the teacher; this one is a QAT checkpoint")
+        teacher = copy.deepcopy(model)
     if method is not None:
         logger.info("%s", replace_modules_for_qat(model, method, qat.skip_lm_head, qat.skip_modules))
     freeze_parameters(model, qat.freeze)
@@ -212,7 +253,16 @@ def run_training(qat: QATArguments, args: QATTrainingArguments) -> dict[str, flo
         eval_data = blocks(qat.eval_data) if qat.eval_data else None
 
     use_cache = getattr(model.config, "use_cache", None)  # the Trainer turns it off
-    trainer = make_trainer(model, args, train_data, eval_data, tokenizer)
+    trainer = QATTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        processing_class=tokenizer,
+        teacher=teacher,
+        distill=qat.distill,
+        distill_temperature=qat.distill_temperature,
+    )
     stop = StopAndSave()
     trainer.add_callback(stop)
     try:

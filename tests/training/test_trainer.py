@@ -18,6 +18,7 @@ from fairy2i import METHODS, PhaseScheme, QATLinear
 from fairy2i.loading import read_documents
 from fairy2i.training import trainer as module
 from fairy2i.training.data import TokenBlocks, tokenize_documents
+from fairy2i.training.loss import distillation_loss
 from fairy2i.training.trainer import QATArguments, QATTrainingArguments, StopAndSave, run_training
 
 V2 = "complex_phase_v2"
@@ -35,7 +36,9 @@ def folder(tmp_path_factory):
     return path
 
 
-def train(folder, output, method=V2, *, resume=False, block_size=BLOCK, eval_data=None, freeze=(), **settings):
+def train(
+    folder, output, method=V2, *, resume=False, block_size=BLOCK, eval_data=None, freeze=(), distill=0.0, **settings
+):
     """Run four steps, with a checkpoint after the second, or what the settings say; return the metrics."""
     qat = QATArguments(
         model=str(folder / "model"),
@@ -45,6 +48,7 @@ def train(folder, output, method=V2, *, resume=False, block_size=BLOCK, eval_dat
         block_size=block_size,
         resume=resume,
         freeze=list(freeze),
+        distill=distill,
     )
     defaults = {
         "max_steps": STEPS,
@@ -88,15 +92,15 @@ class InStep(TrainerCallback):
 @pytest.fixture
 def in_step(monkeypatch):
     """Return a function that lets something happen in a step of the next run."""
-    original = module.make_trainer
+    original = module.QATTrainer
 
     def arrange(step, action):
-        def make_trainer(*args):
-            trainer = original(*args)
+        def trainer_with_callback(**kwargs):
+            trainer = original(**kwargs)
             trainer.add_callback(InStep(step, action))
             return trainer
 
-        monkeypatch.setattr(module, "make_trainer", make_trainer)
+        monkeypatch.setattr(module, "QATTrainer", trainer_with_callback)
 
     return arrange
 
@@ -278,3 +282,28 @@ def test_frozen_parameters_stay_and_the_others_move(folder, tmp_path):
 def test_a_freeze_that_cannot_be_meant_is_refused(folder, tmp_path, pattern, message):
     with pytest.raises(ValueError, match=message):
         train(folder, tmp_path, freeze=[pattern])
+
+
+def test_distillation_pulls_the_student_to_the_teacher(folder, tmp_path):
+    """Against a random teacher, the divergence falls under distillation and not under cross-entropy."""
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "model")
+    ids = torch.arange(BATCH * BLOCK).view(BATCH, BLOCK) % teacher.config.vocab_size
+
+    def divergence(path):
+        with torch.inference_mode():
+            student = AutoModelForCausalLM.from_pretrained(path)(input_ids=ids).logits
+            return float(distillation_loss(student, teacher(input_ids=ids).logits, ids, weight=1.0))
+
+    settings = {"max_steps": 30, "save_strategy": "no", "learning_rate": 3e-3}
+    train(folder, tmp_path / "kl", distill=1.0, **settings)
+    train(folder, tmp_path / "ce", **settings)
+    assert divergence(tmp_path / "kl") < 0.5 * divergence(tmp_path / "ce")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"distill": 1.5}, "between 0 and 1"), ({"distill": 0.5, "method": "none"}, "needs a --quant_method")],
+)
+def test_impossible_distillation_is_refused(folder, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        train(folder, tmp_path, **settings)
