@@ -60,7 +60,7 @@ def main(args: argparse.Namespace) -> None:
         if trained or method is not None:
             # a QATLinear stays what it is; all are then written out, so that no window quantizes anew
             bits = replace_modules_for_qat(model, method or next(iter(trained)), args.skip_lm_head).bits_per_weight
-            convert_to_inference_mode(model)
+            convert_to_inference_mode(model, packed=False)
         model.to(args.device)
         for text in texts:
             tokens = tokenize_text(text.text, tokenizer)

@@ -9,6 +9,7 @@ Importing the package also teaches `transformers` to load what it saved.
 from ._version import __version__
 from .convert import ConversionReport, convert_to_inference_mode, replace_modules_for_qat
 from .integrations.transformers import Fairy2iConfig
+from .packed import PackedLinear
 from .qat import QATLinear
 from .schemes import METHODS, PhaseScheme, RealScheme, Scheme
 from .widely_linear import from_widely_linear, to_widely_linear
@@ -17,6 +18,7 @@ __all__ = [
     "METHODS",
     "ConversionReport",
     "Fairy2iConfig",
+    "PackedLinear",
     "PhaseScheme",
     "QATLinear",
     "RealScheme",

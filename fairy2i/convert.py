@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from .packed import PackedLinear
 from .qat import QATLinear
 from .schemes import Scheme, method_name, resolve_method
 
@@ -113,7 +114,7 @@ def _is_conv1d(module: nn.Module) -> bool:
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[int, int]]]:
     """Yield (name, module, (out, in)) of every linear layer, a shared module once."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear | PackedLinear):
             yield name, module, (module.out_features, module.in_features)
         elif _is_conv1d(module):
             yield name, module, (module.nf, module.nx)
@@ -221,6 +222,8 @@ def replace_modules_for_qat(
         pattern = _first_match(name, schemes, names)
         used |= {p for p in (skip, pattern) if p is not None}
         scheme = schemes[pattern] if pattern is not None else None
+        if isinstance(module, PackedLinear):
+            raise ValueError(f"{name} is packed already; train from the QAT checkpoint, which has the master weights")
         if isinstance(module, QATLinear):
             if scheme is not None and scheme != module.scheme:
                 logger.warning("%s stays %s as it already is", name, method_name(module.scheme))
@@ -264,7 +267,7 @@ def replace_modules_for_qat(
     if report.unreachable:
         shown = _some([f"{name} {'x'.join(map(str, shape))}" for name, shape in report.unreachable])
         warnings.warn(f"fused expert weights are not nn.Linear and stay in full precision: {shown}", stacklevel=2)
-    _record(model, report)
+    _record(model, report, mode="qat")
     return report
 
 
@@ -279,12 +282,12 @@ def _seen(model: nn.Module, layers: list[tuple[str, nn.Module, tuple[int, int]]]
     return f"The model has no linear layers; its first modules are {_some(first, 8)}"
 
 
-def _record(model: nn.Module, report: ConversionReport | None) -> None:
-    """Tell a transformers model what it is now, so that save_pretrained writes it down; None: not quantized."""
+def _record(model: nn.Module, report: ConversionReport | None = None, mode: str | None = None) -> None:
+    """Tell a transformers model what it is now, so that save_pretrained writes it down; no mode: not quantized."""
     if callable(getattr(model, "save_pretrained", None)) and hasattr(model, "config"):
         from .integrations.transformers import record_conversion  # the one import against the grain, and only here
 
-        record_conversion(model, report)
+        record_conversion(model, report, mode)
 
 
 def dequantized_linear(layer: QATLinear) -> nn.Module:
@@ -302,29 +305,29 @@ def dequantized_linear(layer: QATLinear) -> nn.Module:
     return new.train(layer.training)
 
 
-def convert_to_inference_mode(model: nn.Module, packed: bool = False) -> nn.Module:
-    """Replace each QATLinear by a plain layer that holds the dequantized weight, in place, once and for all.
+def convert_to_inference_mode(model: nn.Module, packed: bool = True) -> nn.Module:
+    """Replace each QATLinear by a PackedLinear or a plain layer, in place, once and for all.
 
     The outputs stay what they were, bit for bit in the dtype of the master weights. Master weights are let go, layer by
     layer. A second call finds nothing to do. An output head that was tied gets a weight of its own, and a
     transformers model then says ``tie_word_embeddings: false``.
 
     Args:
-        model: a model that :func:`replace_modules_for_qat` converted.
-        packed: must be False; packed layers are not part of this version.
+        model: a model that :func:`replace_modules_for_qat` converted, on any device ("meta" too, if ``packed``).
+        packed: True keeps codes and scales, at the true bits per weight; False writes the dequantized weight into plain
+            nn.Linear (or Conv1D) layers, for tools that know nothing of quantization.
 
     Returns:
         The same model, in eval mode.
 
     Raises:
-        ValueError: the model was never converted, or ``packed`` is True.
+        ValueError: the model was never converted.
     """
-    if packed:
-        raise ValueError("this version has no packed layers; call convert_to_inference_mode(model, packed=False)")
     config = getattr(model, "config", None)
     layers = [module for module in model.modules() if isinstance(module, QATLinear)]
     if not layers:
-        if getattr(model, DEQUANTIZED_KEY, False) or getattr(config, DEQUANTIZED_KEY, None):
+        done = getattr(model, DEQUANTIZED_KEY, False) or getattr(config, DEQUANTIZED_KEY, None)
+        if done or any(isinstance(module, PackedLinear) for module in model.modules()):
             return model.eval()
         raise ValueError("the model has no QATLinear layers; call replace_modules_for_qat and train it first")
     embeddings = _embedding_ids(model)
@@ -333,7 +336,10 @@ def convert_to_inference_mode(model: nn.Module, packed: bool = False) -> nn.Modu
         layer = layers.pop()
         if id(layer.weight) in embeddings and getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False  # type: ignore[union-attr]
-        _replace_everywhere(model, {layer: dequantized_linear(layer)})
-    _record(model, None)
+        _replace_everywhere(model, {layer: PackedLinear.from_qat(layer) if packed else dequantized_linear(layer)})
+    if packed:
+        _record(model, mode="packed")
+        return model.eval()
+    _record(model)
     setattr(model if config is None else config, DEQUANTIZED_KEY, ", ".join(methods))
     return model.eval()

@@ -18,6 +18,19 @@ from torch.autograd.function import once_differentiable
 from .schemes import Scheme, method_name
 
 
+def autocast_input(x: Tensor) -> Tensor:
+    """Cast an input as F.linear would under autocast, if autocast is on for its device."""
+    device_type = x.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device_type))
+    return x
+
+
+def keep_float32(cast: Tensor, exact: Tensor) -> Tensor:
+    """Undo the cast of scales, keep the move: rounding them would move every weight of a group at once."""
+    return cast if cast.dtype == torch.float32 else exact.to(cast.device)
+
+
 class _QuantizedLinear(torch.autograd.Function):
     """y = x q(weight)^T + bias, with identity gradient from q to weight and no q kept in between."""
 
@@ -159,25 +172,21 @@ class QATLinear(nn.Linear):
                 "QATLinear got a sharded DTensor weight. Tensor parallelism splits the paired halves of the features; "
                 "use DDP or FSDP2, which gather the weight before the forward."
             )
-        device_type = x.device.type
-        autocast = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-        if autocast and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device_type))
-        elif x.dtype != self.weight.dtype:
+        cast = autocast_input(x)
+        if cast is x and x.dtype != self.weight.dtype:
             raise RuntimeError(f"input is {x.dtype} but the weight is {self.weight.dtype}; cast one or use autocast")
-        return _QuantizedLinear.apply(x, self.matrix, self.group_scales, self.bias, self.scheme)
+        return _QuantizedLinear.apply(cast, self.matrix, self.group_scales, self.bias, self.scheme)
 
     def extra_repr(self) -> str:
         """Show the method beside the sizes."""
         return f"{super().extra_repr()}, method={method_name(self.scheme)}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QATLinear":
-        # Scales stay float32 when the module is cast: rounding them would move every weight of a group at once.
         exact = None if self.scales is None else self.scales.data
         grad = None if self.scales is None or self.scales.grad is None else self.scales.grad.data
         super()._apply(fn, recurse)
-        if exact is not None and self.scales is not None and self.scales.dtype != torch.float32:
-            self.scales.data = exact.to(self.scales.device)
-            if self.scales.grad is not None and grad is not None:
-                self.scales.grad.data = grad.to(self.scales.device)
+        if exact is not None and self.scales is not None:
+            self.scales.data = keep_float32(self.scales.data, exact)
+            if grad is not None and self.scales.grad is not None:
+                self.scales.grad.data = keep_float32(self.scales.grad.data, grad)
         return self

@@ -7,14 +7,15 @@ value here, not a new class.
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from .baselines import real_dequantize, real_quantize, real_scale_gradient
 from .granularity import GRANULARITIES, Granularity, group_shape
+from .packing import packed_columns
 from .phase_quant import phase_dequantize, phase_quantize, phase_scale_gradient
 
 ScaleKind = Literal["mean", "joint", "learned"]
@@ -63,9 +64,19 @@ class Scheme:
         """Return the shape of the scales of a (out_features, in_features) matrix."""
         raise NotImplementedError
 
-    def code_bits(self) -> float:
-        """Return the stored bits of code per real weight, scales not counted."""
+    def code_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
+        """Return the shape of the unpacked codes of a (out_features, in_features) matrix."""
         raise NotImplementedError
+
+    @property
+    def code_width(self) -> int:
+        """Bits of a stored code."""
+        raise NotImplementedError
+
+    def packed_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
+        """Return the shape of the packed codes, in bytes."""
+        *rows, columns = self.code_shape(out_features, in_features)
+        return (*rows, packed_columns(columns, self.code_width))
 
     def quantize(self, weight: Tensor, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (codes uint8, scales float32) of a (out, in) matrix; with ``scales`` given only the codes are new."""
@@ -80,9 +91,10 @@ class Scheme:
         raise NotImplementedError
 
     def bits_per_weight(self, out_features: int, in_features: int) -> float:
-        """Return the true bits per real weight: codes plus float32 scales."""
-        numel = out_features * in_features
-        return self.code_bits() + 32 * torch.Size(self.scale_shape(out_features, in_features)).numel() / numel
+        """Return the true bits per real weight as stored: packed codes, padding included, plus float32 scales."""
+        codes = 8 * math.prod(self.packed_shape(out_features, in_features))
+        scales = 32 * math.prod(self.scale_shape(out_features, in_features))
+        return (codes + scales) / (out_features * in_features)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able dict that :func:`scheme_from_dict` reads back."""
@@ -120,8 +132,12 @@ class PhaseScheme(Scheme):
         group = group_shape(out_features // 2, in_features // 2, self.granularity, self.tile)
         return (self.stages, 2, 2, *group)
 
-    def code_bits(self) -> float:
-        return float(self.stages)
+    def code_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
+        return (self.stages, 2, out_features // 2, in_features // 2)
+
+    @property
+    def code_width(self) -> int:
+        return 2
 
     def quantize(self, weight: Tensor, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return phase_quantize(
@@ -162,8 +178,12 @@ class RealScheme(Scheme):
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
         return group_shape(out_features, in_features, self.granularity, self.tile)
 
-    def code_bits(self) -> float:
-        return 1.0 if self.levels == 2 else 2.0
+    def code_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
+        return (out_features, in_features)
+
+    @property
+    def code_width(self) -> int:
+        return 1 if self.levels == 2 else 2
 
     def quantize(self, weight: Tensor, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return real_quantize(weight, levels=self.levels, granularity=self.granularity, tile=self.tile, scales=scales)

@@ -14,17 +14,19 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..convert import ConversionReport, Method, replace_modules_for_qat
+from ..convert import ConversionReport, Method, convert_to_inference_mode, replace_modules_for_qat
+from ..packed import PackedLinear
 from ..qat import QATLinear
 from ..schemes import Scheme, resolve_method, scheme_from_dict
 
 FORMAT_VERSION = 1
-MODES = ("qat",)
+MODES = ("qat", "packed")
 
 
 class Fairy2iConfig(QuantizationConfigMixin):
@@ -33,7 +35,7 @@ class Fairy2iConfig(QuantizationConfigMixin):
     Args:
         method: as for replace_modules_for_qat, or the list that a saved config has.
         skip_lm_head, skip_modules: as for replace_modules_for_qat.
-        mode: "qat": linear layers become QATLinear with trainable master weights.
+        mode: "qat": linear layers become QATLinear, with master weights to train; "packed": PackedLinear, to use.
         format_version: version of the checkpoint format.
 
     Raises:
@@ -107,6 +109,14 @@ def _loaded(parameter: Tensor) -> bool:
     return getattr(parameter, "_is_hf_initialized", False)
 
 
+def _check_packed(name: str, layer: PackedLinear) -> None:
+    for key, buffer in layer.named_buffers():
+        if not _loaded(buffer):
+            raise ValueError(f"the checkpoint has no {name}.{key}, expected {buffer.dtype} {tuple(buffer.shape)}")
+    if not torch.isfinite(layer.scales).all():
+        raise ValueError(f"{name}.scales has NaN or infinite entries; the checkpoint is damaged")
+
+
 class Fairy2iQuantizer(HfQuantizer):
     """Turns a model skeleton into a QAT model before transformers loads its weights."""
 
@@ -120,6 +130,8 @@ class Fairy2iQuantizer(HfQuantizer):
         assert isinstance(config, Fairy2iConfig)
         method: Method = config.method
         replace_modules_for_qat(model, method, config.skip_lm_head, config.skip_modules)
+        if config.mode == "packed" and self.pre_quantized:
+            convert_to_inference_mode(model)
         self.quantization_config = model.config.quantization_config
         return model
 
@@ -130,6 +142,8 @@ class Fairy2iQuantizer(HfQuantizer):
                     layer.init_scales()
                 elif _loaded(layer.weight) and not _loaded(layer.scales):
                     raise ValueError(f"the checkpoint has no {name}.scales, expected shape {tuple(layer.scales.shape)}")
+            if isinstance(layer, PackedLinear):
+                _check_packed(name, layer)
         return model
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
@@ -138,13 +152,15 @@ class Fairy2iQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """A QAT model trains."""
+        """A QAT model trains; a packed one takes adapters."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        """A QAT model trains."""
-        return True
+        """A QAT model trains, a packed one has no master weights to train."""
+        config = self.quantization_config
+        assert isinstance(config, Fairy2iConfig)
+        return config.mode == "qat"
 
     @property
     def is_compileable(self) -> bool:
@@ -157,15 +173,19 @@ if "fairy2i" not in AUTO_QUANTIZER_MAPPING:  # both functions raise on a second 
     register_quantizer("fairy2i")(Fairy2iQuantizer)
 
 
-def record_conversion(model: Any, report: ConversionReport | None) -> None:
+def record_conversion(model: Any, report: ConversionReport | None, mode: str | None) -> None:
     """Set or clear the quantization attributes of a transformers model, so that saving and the Trainer know it.
 
     Args:
         model: a PreTrainedModel, changed in place.
-        report: what was replaced; None: the model is plain again.
+        report: what was replaced; None where the layers stay those of the config that the model has.
+        mode: "qat", "packed", or None: the model is plain again.
     """
-    if report is None:
+    if mode is None:
         HfQuantizer.remove_quantization_config(None, model)  # type: ignore[arg-type]
+        return
+    if report is None:
+        model.config.quantization_config.mode = mode
         return
     by_scheme: dict[Scheme, list[str]] = {}
     for layer in report.replaced:
