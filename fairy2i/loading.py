@@ -24,7 +24,7 @@ _TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 def load_model_and_tokenizer(
-    model: str, *, gguf_file: str | None = None, tokenizer: str | None = None, dtype: torch.dtype = torch.float32
+    model: str, *, gguf_file: str | None = None, tokenizer: str | None = None, dtype: torch.dtype | str = torch.float32
 ) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
@@ -32,7 +32,7 @@ def load_model_and_tokenizer(
         model: a folder or a Hub id. A QAT checkpoint comes back as a QAT model.
         gguf_file: name of a GGUF file inside ``model``; its weights are dequantized (needs the package ``gguf``).
         tokenizer: folder or Hub id of the tokenizer, if it does not lie with the model.
-        dtype: dtype of the weights.
+        dtype: dtype of the weights; "auto" is that of the checkpoint.
 
     Raises:
         FileNotFoundError: ``model`` looks like a local path and is not there.
