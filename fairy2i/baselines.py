@@ -39,7 +39,7 @@ def real_quantize(
         codes: uint8 (out, in), in [0, levels).
         scales: float32 (*group).
     """
-    w = weight.float()
+    w = weight.float().contiguous()  # the strides of codes show in the last bit of a product in float16
     rows, cols = w.shape
     count = group_sum(torch.ones_like(w), granularity, tile)
     scales = group_sum(w.abs(), granularity, tile) / count if scales is None else scales.float()

@@ -1,8 +1,9 @@
 """PackedLinear: a linear layer that keeps its weight as packed codes and scales, for inference.
 
 This is the reference: each forward unpacks the codes and rebuilds the dense weight for itself, in pure PyTorch, and
-lets it go again. The result is that of the QATLinear it came from, bit for bit, because both go through the same
-`Scheme.dequantize`. The input's gradient is there (for adapters trained on top), the weight's is not.
+lets it go again. The result is that of the QATLinear it came from, bit for bit in the dtype of its master weight,
+because both go through the same `Scheme.dequantize`. The input's gradient is there (for adapters trained on top), the
+weight's is not.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .packing import pack_codes, unpack_codes
-from .qat import QATLinear, autocast_input, keep_float32
+from .qat import QATLinear, autocast_dtype, keep_float32
 from .schemes import Scheme, method_name
 
 
@@ -106,6 +107,11 @@ class PackedLinear(nn.Module):
         """Return the dense weight, float32 (out_features, in_features); made anew at each call."""
         return self.scheme.dequantize(*self.codes_and_scales())
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, for code that looks at a layer's (GPT-2's initialization does); writing into it is lost."""
+        return self.dense_weight()
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """Return a plain nn.Linear with the dense weight, not trainable."""
         with torch.device("meta"):
@@ -117,7 +123,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features) in the dtype of ``x`` (or of autocast)."""
-        return _PackedMultiply.apply(autocast_input(x), self.bias, self)
+        return _PackedMultiply.apply(x.to(autocast_dtype(x) or x.dtype), self.bias, self)
 
     def extra_repr(self) -> str:
         """Show sizes and method as QATLinear does."""

@@ -18,12 +18,11 @@ from torch.autograd.function import once_differentiable
 from .schemes import Scheme, method_name
 
 
-def autocast_input(x: Tensor) -> Tensor:
-    """Cast an input as F.linear would under autocast, if autocast is on for its device."""
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast has F.linear use for an input, or None where it leaves the input alone."""
     device_type = x.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device_type))
-    return x
+    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if on and x.dtype != torch.float64 else None
 
 
 def keep_float32(cast: Tensor, exact: Tensor) -> Tensor:
@@ -172,10 +171,10 @@ class QATLinear(nn.Linear):
                 "QATLinear got a sharded DTensor weight. Tensor parallelism splits the paired halves of the features; "
                 "use DDP or FSDP2, which gather the weight before the forward."
             )
-        cast = autocast_input(x)
-        if cast is x and x.dtype != self.weight.dtype:
+        dtype = autocast_dtype(x)
+        if dtype is None and x.dtype != self.weight.dtype:
             raise RuntimeError(f"input is {x.dtype} but the weight is {self.weight.dtype}; cast one or use autocast")
-        return _QuantizedLinear.apply(cast, self.matrix, self.group_scales, self.bias, self.scheme)
+        return _QuantizedLinear.apply(x.to(dtype or x.dtype), self.matrix, self.group_scales, self.bias, self.scheme)
 
     def extra_repr(self) -> str:
         """Show the method beside the sizes."""

@@ -195,6 +195,13 @@ def test_autocast_computes_in_bfloat16_and_returns_gradients_in_the_dtype_of_eac
         assert layer.scales.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("scheme", TWO, ids=str)
+def test_autocast_takes_an_input_that_an_earlier_layer_made_bfloat16(scheme):
+    layer, x = make_layer(scheme), torch.randn(5, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x.bfloat16()), layer(x))
+
+
 @pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
 @pytest.mark.parametrize("scheme", TWO, ids=str)
 def test_gradient_checkpointing_changes_no_bit(scheme, reentrant):
