@@ -330,6 +330,8 @@ def convert_to_inference_mode(model: nn.Module, packed: bool = True) -> nn.Modul
         if done or any(isinstance(module, PackedLinear) for module in model.modules()):
             return model.eval()
         raise ValueError("the model has no QATLinear layers; call replace_modules_for_qat and train it first")
+    if packed and callable(getattr(model, "save_pretrained", None)) and not hasattr(config, "quantization_config"):
+        replace_modules_for_qat(model, {})  # converted as a part of a larger module: record the layers as they are
     embeddings = _embedding_ids(model)
     methods = sorted({method_name(layer.scheme) for layer in layers})
     while layers:

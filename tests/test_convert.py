@@ -8,11 +8,12 @@ import torch
 from tiny_models import logits, tiny_model
 from torch import nn
 
-from fairy2i import METHODS, PhaseScheme, QATLinear, convert_to_inference_mode, replace_modules_for_qat
+from fairy2i import METHODS, PackedLinear, PhaseScheme, QATLinear, convert_to_inference_mode, replace_modules_for_qat
 from fairy2i.convert import DEQUANTIZED_KEY
 
 V2 = "complex_phase_v2"
 LEARNED = PhaseScheme(granularity="row", scales="learned")
+EACH_FORM = pytest.mark.parametrize("packed", [True, False], ids=["packed", "plain"])
 
 
 class Block(nn.Module):
@@ -129,15 +130,16 @@ def test_a_model_on_meta_is_replaced_and_filled_later(method):
     assert torch.equal(model(IDS), source(IDS))
 
 
-def test_a_module_that_is_used_twice_is_replaced_under_both_names():
+@EACH_FORM
+def test_a_module_that_is_used_twice_is_replaced_under_both_names(packed):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     model.append(model[0])
     report = replace_modules_for_qat(model, V2)
     assert isinstance(model[0], QATLinear)
     assert model[2] is model[0]
     assert [layer.name for layer in report.replaced] == ["0", "1"]
-    convert_to_inference_mode(model)
-    assert type(model[0]) is nn.Linear
+    convert_to_inference_mode(model, packed)
+    assert type(model[0]) is (PackedLinear if packed else nn.Linear)
     assert model[2] is model[0]
 
 
@@ -325,8 +327,9 @@ def test_a_model_quantized_by_another_library_is_an_error_that_names_it():
 def test_the_report_counts_layers_weights_and_true_bits():
     report = replace_modules_for_qat(Block(), V2)
     assert report.quantized_weights == 12 * 8 + 8 * 6 + 10 * 8
-    # two bits of code, and 8 scales of 32 bits for each of the three layers
-    assert report.bits_per_weight == pytest.approx(2 + 3 * 8 * 32 / report.quantized_weights)
+    # two bits of code, 8 scales of 32 bits for each of the three layers; "last" is 4 x 3 complex numbers, whose
+    # 2 * 2 * 4 rows of three 2-bit codes fill a byte each
+    assert report.bits_per_weight == pytest.approx(2 + (3 * 8 * 32 + 16 * 2) / report.quantized_weights, rel=1e-12)
     assert report.total_parameters == sum(p.numel() for p in Block().parameters())
 
 
@@ -335,7 +338,7 @@ def test_the_report_reads_well():
     text = repr(replace_modules_for_qat(model, {"first": "bitnet", "*": V2}))
     assert text.splitlines() == [
         "Fairy2i: 3 of 4 linear layers quantized: 1 x bitnet, 2 x complex_phase_v2",
-        "  weights  224 at 4 bits each, scales counted (56.4% of 397 parameters)",
+        "  weights  224 at 4.143 bits each, scales counted (56.4% of 397 parameters)",
         "  skipped  odd (5x12): odd size 5x12: features cannot be paired into complex numbers",
     ]
 
@@ -344,56 +347,73 @@ def test_the_report_counts_learned_scales_of_the_layers_once():
     model = Block()
     report = replace_modules_for_qat(model, LEARNED)
     scales = sum(p.numel() for name, p in model.named_parameters() if name.endswith("scales"))
-    assert report.bits_per_weight == pytest.approx(2 + 32 * scales / report.quantized_weights)
+    assert report.bits_per_weight == pytest.approx(2 + (32 * scales + 16 * 2) / report.quantized_weights, rel=1e-12)
 
 
 # Out again
 
 
+@EACH_FORM
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("method", [*METHODS, LEARNED], ids=str)
-def test_inference_mode_changes_no_bit_of_the_outputs(method, family, dtype):
+def test_inference_mode_changes_no_bit_of_the_outputs(method, family, dtype, packed):
     model = tiny_model(family, dtype=dtype)
     replace_modules_for_qat(model, method)
-    before = logits(model)
+    before, quantized = logits(model), quantized_names(model)
     kinds = {name: type(module) for name, module in tiny_model(family).named_modules()}
-    assert convert_to_inference_mode(model) is model
+    if packed:
+        kinds |= dict.fromkeys(quantized, PackedLinear)
+    assert convert_to_inference_mode(model, packed) is model
     assert {name: type(module) for name, module in model.named_modules()} == kinds
     assert torch.equal(logits(model), before)
 
 
-def test_the_weights_of_inference_mode_are_the_dequantized_ones_and_frozen():
+def test_the_weights_of_plain_inference_mode_are_the_dequantized_ones_and_frozen():
     model = Block()
     replace_modules_for_qat(model, V2)
     expected = model.first.quantized_weight()
     model.train()
-    convert_to_inference_mode(model)
+    convert_to_inference_mode(model, packed=False)
     assert torch.equal(model.first.weight, expected)
     assert not model.first.weight.requires_grad
     assert not model.first.bias.requires_grad
     assert not model.training
 
 
-def test_a_second_conversion_changes_nothing():
+def test_a_packed_layer_has_no_parameter_but_a_frozen_bias():
+    model = Block()
+    replace_modules_for_qat(model, V2)
+    model.train()
+    convert_to_inference_mode(model)
+    assert [(name, p.requires_grad) for name, p in model.first.named_parameters()] == [("bias", False)]
+    assert list(model.last.parameters()) == []
+    assert not model.training
+
+
+@pytest.mark.parametrize("first", [True, False])
+@EACH_FORM
+def test_a_second_conversion_changes_nothing(packed, first):
     for model, run in ((tiny_model("llama"), logits), (Block(), lambda model: model(IDS))):
         replace_modules_for_qat(model, V2)
-        convert_to_inference_mode(model)
+        convert_to_inference_mode(model, first)
         before, modules = run(model), [id(module) for module in model.modules()]
-        convert_to_inference_mode(model)
+        convert_to_inference_mode(model, packed)
         assert torch.equal(run(model), before)
         assert [id(module) for module in model.modules()] == modules
 
 
+@EACH_FORM
 @pytest.mark.parametrize("skip", [None, True, False])
-def test_a_tied_head_is_untied_when_and_only_when_it_was_quantized(skip):
+def test_a_tied_head_is_untied_when_and_only_when_it_was_quantized(skip, packed):
     model = tiny_model("llama", tied=True)
     replace_modules_for_qat(model, V2, skip_lm_head=skip)
     embedding, before = model.model.embed_tokens.weight.detach().clone(), logits(model)
-    convert_to_inference_mode(model)
+    convert_to_inference_mode(model, packed)
     untied = skip is False
     assert model.config.tie_word_embeddings is not untied
-    assert (model.lm_head.weight is not model.model.embed_tokens.weight) is untied
+    assert isinstance(model.lm_head, PackedLinear) is (untied and packed)
+    assert (getattr(model.lm_head, "weight", None) is not model.model.embed_tokens.weight) is untied
     assert torch.equal(model.model.embed_tokens.weight, embedding)
     assert torch.equal(logits(model), before)
 
@@ -403,18 +423,33 @@ def test_converting_a_model_that_never_was_qat_is_an_error():
         convert_to_inference_mode(tiny_model("llama"))
 
 
-def test_packed_layers_are_an_error_until_they_exist():
-    model = Block()
-    replace_modules_for_qat(model, V2)
-    with pytest.raises(ValueError, match="packed=False"):
-        convert_to_inference_mode(model, packed=True)
-    assert quantized_names(model)
+def test_a_model_on_meta_is_packed_and_filled_later():
+    with torch.device("meta"):
+        model = Block()
+    replace_modules_for_qat(model, LEARNED)
+    convert_to_inference_mode(model)
+    torch.manual_seed(0)
+    source = Block()
+    replace_modules_for_qat(source, LEARNED)
+    before = source(IDS)
+    model.load_state_dict(convert_to_inference_mode(source).state_dict(), assign=True)
+    assert torch.equal(model(IDS), before)
+
+
+def test_packing_a_model_again_is_an_error_that_names_the_layer():
+    for model, name in ((Block(), "first"), (tiny_model("llama"), "model.layers.0.self_attn.q_proj")):
+        replace_modules_for_qat(model, V2)
+        convert_to_inference_mode(model)
+        before = [id(module) for module in model.modules()]
+        with pytest.raises(ValueError, match=f"^{re.escape(name)} is packed already"):
+            replace_modules_for_qat(model, V2)
+        assert [id(module) for module in model.modules()] == before
 
 
 def test_quantizing_dequantized_weights_again_is_an_error():
     model = tiny_model("llama")
     replace_modules_for_qat(model, V2)
-    convert_to_inference_mode(model)
+    convert_to_inference_mode(model, packed=False)
     assert getattr(model.config, DEQUANTIZED_KEY) == V2
     assert_error_changes_nothing(model, r"already quantized values \(complex_phase_v2\).*Load the QAT checkpoint")
 
@@ -422,5 +457,5 @@ def test_quantizing_dequantized_weights_again_is_an_error():
 def test_quantizing_a_dequantized_plain_module_again_is_an_error():
     model = Block()
     replace_modules_for_qat(model, V2)
-    convert_to_inference_mode(model)
+    convert_to_inference_mode(model, packed=False)
     assert_error_changes_nothing(model, "already quantized values")

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from fairy2i import PhaseScheme, QATLinear, convert_to_inference_mode, replace_modules_for_qat
+from fairy2i import PackedLinear, PhaseScheme, QATLinear, convert_to_inference_mode, replace_modules_for_qat
 
 METHODS = {"v2": "complex_phase_v2", "learned": PhaseScheme(stages=2, granularity="row", scales="learned")}
 TIES = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -82,13 +82,13 @@ def test_a_trained_model_is_saved_and_loaded_bit_for_bit_as_a_model_that_trains_
 
 @TIES
 @EACH_FAMILY
-def test_an_inference_model_is_saved_and_loaded_bit_for_bit_as_a_plain_model(family, tied, tmp_path):
+def test_a_dequantized_model_is_saved_and_loaded_bit_for_bit_as_a_plain_model(family, tied, tmp_path):
     model = tiny_model(family, tied)
     kinds = {name: type(module) for name, module in model.named_modules()}
     replace_modules_for_qat(model, METHODS["learned"])
     keys = [key for key in model.state_dict() if not key.endswith(".scales")]
     before = logits(model)
-    convert_to_inference_mode(model)
+    convert_to_inference_mode(model, packed=False)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert {name: type(module) for name, module in loaded.named_modules()} == kinds
@@ -98,8 +98,25 @@ def test_an_inference_model_is_saved_and_loaded_bit_for_bit_as_a_plain_model(fam
         replace_modules_for_qat(loaded, "complex_phase_v2")
 
 
+@EACH_METHOD
+@TIES
 @EACH_FAMILY
-def test_a_quantized_tied_head_is_saved_and_loaded_bit_for_bit(family, tmp_path):
+def test_a_packed_model_is_saved_and_loaded_bit_for_bit(family, tied, method, tmp_path):
+    model = tiny_model(family, tied)
+    replace_modules_for_qat(model, method)
+    quantized, before = quantized_names(model), logits(model)
+    convert_to_inference_mode(model)
+    assert torch.equal(logits(model), before)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert [name for name, module in loaded.named_modules() if isinstance(module, PackedLinear)] == quantized
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    assert torch.equal(logits(loaded), before)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "plain"])
+@EACH_FAMILY
+def test_a_quantized_tied_head_is_saved_and_loaded_bit_for_bit(family, packed, tmp_path):
     model = tiny_model(family, tied=True)
     replace_modules_for_qat(model, "complex_phase_v2", skip_lm_head=False)
     model.save_pretrained(tmp_path / "qat")
@@ -107,11 +124,12 @@ def test_a_quantized_tied_head_is_saved_and_loaded_bit_for_bit(family, tmp_path)
     assert isinstance(loaded.get_output_embeddings(), QATLinear)
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     assert torch.equal(logits(loaded), logits(model))
-    convert_to_inference_mode(loaded)
-    loaded.save_pretrained(tmp_path / "plain")
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
-    assert not plain.config.tie_word_embeddings
-    assert torch.equal(logits(plain), logits(model))
+    convert_to_inference_mode(loaded, packed)
+    loaded.save_pretrained(tmp_path / "inference")
+    inference = AutoModelForCausalLM.from_pretrained(tmp_path / "inference")
+    assert isinstance(inference.get_output_embeddings(), PackedLinear) is packed
+    assert not inference.config.tie_word_embeddings
+    assert torch.equal(logits(inference), logits(model))
 
 
 @EACH_METHOD

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -144,11 +145,30 @@ def test_bits_per_weight_count_codes_and_scales(scheme, bits):
     assert scheme.bits_per_weight(64, 128) == pytest.approx(bits, rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "codes", "packed"),
+    [
+        # 6 x 10: U and W are 3 x 5; five codes of 2 bits need two bytes
+        (PhaseScheme(stages=3), (3, 2, 3, 5), (3, 2, 3, 2)),
+        (RealScheme(levels=2), (6, 10), (6, 2)),
+        (RealScheme(levels=3), (6, 10), (6, 3)),
+    ],
+    ids=str,
+)
+def test_bits_per_weight_count_the_padding_of_packed_rows(scheme, codes, packed):
+    assert scheme.code_shape(6, 10) == codes
+    assert scheme.packed_shape(6, 10) == packed
+    scales = 4 * math.prod(scheme.scale_shape(6, 10))
+    assert scheme.bits_per_weight(6, 10) == 8 * (math.prod(packed) + scales) / 60
+
+
 @settings(max_examples=15)
 @given(scheme=SCHEMES, n=st.integers(1, 20), m=st.integers(1, 20))
-def test_scales_have_the_shape_that_the_scheme_says(scheme, n, m):
-    _, scales = scheme.quantize(torch.randn(2 * n, 2 * m))
+def test_codes_and_scales_have_the_shapes_and_width_that_the_scheme_says(scheme, n, m):
+    codes, scales = scheme.quantize(torch.randn(2 * n, 2 * m))
     assert scales.shape == scheme.scale_shape(2 * n, 2 * m)
+    assert codes.shape == scheme.code_shape(2 * n, 2 * m)
+    assert codes.max() < 2**scheme.code_width
 
 
 @pytest.mark.parametrize(("shape", "fine"), [((4, 6), True), ((3, 4), False), ((4, 3), False), ((0, 4), False)])

@@ -11,10 +11,11 @@ The weights beside it are the master weights under their plain names (and learne
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -27,6 +28,7 @@ from ..schemes import Scheme, resolve_method, scheme_from_dict
 
 FORMAT_VERSION = 1
 MODES = ("qat", "packed")
+_DTYPES = {"codes": "U8", "scales": "F32"}  # of a packed layer, in the words of safetensors; a bias may be any float
 
 
 class Fairy2iConfig(QuantizationConfigMixin):
@@ -109,10 +111,39 @@ def _loaded(parameter: Tensor) -> bool:
     return getattr(parameter, "_is_hf_initialized", False)
 
 
+def _check_files(model: Any, files: Iterable[str]) -> None:
+    """Raise where a file is damaged, or has a tensor of a packed layer in another shape or dtype; reads headers only.
+
+    transformers itself names no file of a truncated checkpoint, logs a wrong shape, and casts a wrong dtype.
+    """
+    packed = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, PackedLinear)]
+    expected = {f"{name}.{key}": tensor for name, layer in packed for key, tensor in layer.state_dict().items()}
+    prefix = f"{model.base_model_prefix}."  # in the names of a model with a head, not in those of its backbone
+    for file in files:
+        if not file.endswith(".safetensors"):
+            continue
+        try:
+            with safe_open(file, "pt") as opened:
+                for key in opened.keys():
+                    names = (key, prefix + key, key.removeprefix(prefix))
+                    tensor = next((expected[name] for name in names if name in expected), None)
+                    if tensor is None:
+                        continue
+                    found = opened.get_slice(key)
+                    dtype = _DTYPES.get(key.rpartition(".")[2], found.get_dtype())
+                    if (dtype, list(tensor.shape)) != (found.get_dtype(), found.get_shape()):
+                        raise ValueError(
+                            f"{file}: {key} is {found.get_dtype()} {tuple(found.get_shape())}, "
+                            f"expected {dtype} {tuple(tensor.shape)}"
+                        )
+        except SafetensorError as error:
+            raise ValueError(f"{file} is truncated or damaged: {error}") from error
+
+
 def _check_packed(name: str, layer: PackedLinear) -> None:
-    for key, buffer in layer.named_buffers():
-        if not _loaded(buffer):
-            raise ValueError(f"the checkpoint has no {name}.{key}, expected {buffer.dtype} {tuple(buffer.shape)}")
+    for key, tensor in layer.state_dict(keep_vars=True).items():
+        if not _loaded(tensor):
+            raise ValueError(f"the checkpoint has no {name}.{key}, expected {tensor.dtype} {tuple(tensor.shape)}")
     if not torch.isfinite(layer.scales).all():
         raise ValueError(f"{name}.scales has NaN or infinite entries; the checkpoint is damaged")
 
@@ -128,10 +159,15 @@ class Fairy2iQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
         assert isinstance(config, Fairy2iConfig)
+        if config.mode == "packed" and not self.pre_quantized:
+            raise ValueError(
+                "a plain checkpoint has no codes; load it with mode='qat' and convert_to_inference_mode(model)"
+            )
         method: Method = config.method
         replace_modules_for_qat(model, method, config.skip_lm_head, config.skip_modules)
-        if config.mode == "packed" and self.pre_quantized:
+        if config.mode == "packed":
             convert_to_inference_mode(model)
+        _check_files(model, kwargs.get("checkpoint_files") or ())
         self.quantization_config = model.config.quantization_config
         return model
 
@@ -144,6 +180,7 @@ class Fairy2iQuantizer(HfQuantizer):
                     raise ValueError(f"the checkpoint has no {name}.scales, expected shape {tuple(layer.scales.shape)}")
             if isinstance(layer, PackedLinear):
                 _check_packed(name, layer)
+                layer.requires_grad_(False)  # transformers makes new Parameters, which ask for gradients
         return model
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:

@@ -1,5 +1,6 @@
 """transformers: what config.json says, what from_pretrained reads back, and the errors of broken checkpoints."""
 
+import copy
 import importlib
 import json
 import re
@@ -8,11 +9,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import logits, tiny_model, token_batch
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import fairy2i.integrations.transformers as integration
-from fairy2i import METHODS, Fairy2iConfig, PhaseScheme, QATLinear, convert_to_inference_mode, replace_modules_for_qat
+from fairy2i import (
+    METHODS,
+    Fairy2iConfig,
+    PackedLinear,
+    PhaseScheme,
+    QATLinear,
+    convert_to_inference_mode,
+    replace_modules_for_qat,
+)
 
 V2 = "complex_phase_v2"
 LEARNED = PhaseScheme(granularity="row", scales="learned")
@@ -81,7 +91,7 @@ def test_a_replaced_model_says_so_until_it_is_converted(tmp_path):
     assert model.hf_quantizer.is_qat_trainable
     assert model.hf_quantizer.is_compileable
     assert model.hf_quantizer.is_serializable()
-    convert_to_inference_mode(model)
+    convert_to_inference_mode(model, packed=False)
     assert not getattr(model, "is_quantized", False)
     model.save_pretrained(tmp_path)
     assert "quantization_config" not in read_config(tmp_path)
@@ -152,8 +162,6 @@ def test_a_sharded_checkpoint_reloads(tmp_path):
 
 
 def test_the_backbone_alone_loads_from_the_checkpoint_of_a_causal_model(tmp_path):
-    from transformers import AutoModel
-
     model = saved_qat(tmp_path)
     with torch.no_grad():
         hidden = AutoModel.from_pretrained(tmp_path)(token_batch()).last_hidden_state
@@ -270,6 +278,234 @@ def test_a_layer_of_the_config_that_the_model_lacks_is_an_error(tmp_path):
     ]
     edit_config(tmp_path, method=entries)
     with pytest.raises(ValueError, match=r"no linear layer matches 'model.layers.7.mlp.up_proj'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+# Packed checkpoints
+
+
+def packed_names(model):
+    return [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
+
+
+def saved_packed(path, family="llama", method=V2, tied=False, dtype=torch.float32, skip=None, **kwargs):
+    """Save a tiny packed model; return the QAT model that it came from."""
+    model = tiny_model(family, tied, dtype=dtype)
+    replace_modules_for_qat(model, method, skip_lm_head=skip)
+    convert_to_inference_mode(copy.deepcopy(model)).save_pretrained(path, **kwargs)
+    return model
+
+
+def edit_tensors(path, edit):
+    tensors = load_file(path / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt"])
+@pytest.mark.parametrize("method", [V2, "bitnet", "bitnet_1_58", LEARNED], ids=str)
+def test_a_packed_model_reloads_bit_for_bit(method, family, dtype, tmp_path):
+    model = saved_packed(tmp_path, family, method, dtype=dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert packed_names(loaded) == list(schemes(model))
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_mixed_precision_packs_with_the_scheme_of_each_layer(tmp_path):
+    model = saved_packed(tmp_path, method=MIXED)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert {name: loaded.get_submodule(name).scheme for name in packed_names(loaded)} == schemes(model)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("skip", [None, True, False])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_packed_head_is_never_tied_and_any_other_stays_as_it_was(tied, skip, tmp_path):
+    model = saved_packed(tmp_path, tied=tied, skip=skip)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    packed = isinstance(model.lm_head, QATLinear)
+    assert isinstance(loaded.lm_head, PackedLinear) is packed
+    assert read_config(tmp_path)["tie_word_embeddings"] is (tied and not packed)
+    if not packed:
+        assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is tied
+    assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_sharded_packed_checkpoint_reloads(tmp_path):
+    model = saved_packed(tmp_path, method=LEARNED, max_shard_size="8KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_the_config_of_a_packed_checkpoint_differs_from_that_of_its_qat_checkpoint_in_the_mode_alone(tmp_path):
+    model = saved_packed(tmp_path / "packed", method=MIXED)
+    model.save_pretrained(tmp_path / "qat")
+    packed, qat = (read_config(tmp_path / name)["quantization_config"] for name in ("packed", "qat"))
+    assert packed == {**qat, "mode": "packed"}
+    assert qat["mode"] == "qat"
+
+
+@pytest.mark.parametrize("method", [*METHODS, LEARNED, PhaseScheme(granularity="tile", tile=5)], ids=str)
+def test_the_file_holds_the_promised_bits_and_no_weight_of_a_packed_layer(method, tmp_path):
+    model = tiny_model("qwen2")
+    report = replace_modules_for_qat(model, method)
+    convert_to_inference_mode(model).save_pretrained(tmp_path)
+    with (tmp_path / "model.safetensors").open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    header.pop("__metadata__")
+    size = {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items()}
+    names = [layer.name for layer in report.replaced]
+    assert not any(f"{name}.weight" in size for name in names)
+    held = sum(size[f"{name}.codes"] + size[f"{name}.scales"] for name in names)
+    assert 8 * held / report.quantized_weights == pytest.approx(report.bits_per_weight, rel=1e-12)
+    assert {header[f"{name}.codes"]["dtype"] for name in names} == {"U8"}
+    assert {header[f"{name}.scales"]["dtype"] for name in names} == {"F32"}
+
+
+def test_a_reloaded_packed_checkpoint_saves_the_same_checkpoint(tmp_path):
+    saved_packed(tmp_path / "one", "qwen2", MIXED)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
+    assert read_config(tmp_path / "two") == read_config(tmp_path / "one")
+    one, two = (tmp_path / name / "model.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_scales_of_a_packed_checkpoint_stay_float32_when_it_is_loaded_narrow(dtype, tmp_path):
+    model = saved_packed(tmp_path, "qwen2", LEARNED)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    for name in packed_names(loaded):
+        layer = loaded.get_submodule(name)
+        assert layer.scales.dtype == torch.float32
+        assert torch.equal(layer.dense_weight(), model.get_submodule(name).quantized_weight())
+        assert layer.bias is None or layer.bias.dtype == dtype
+    assert logits(loaded).dtype == dtype
+
+
+def test_biases_of_packed_layers_are_frozen_after_loading_as_before_saving(tmp_path):
+    saved_packed(tmp_path, "qwen2")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    layers = [loaded.get_submodule(name) for name in packed_names(loaded)]
+    assert sum(layer.bias is not None for layer in layers) == 6
+    assert not any(p.requires_grad for layer in layers for p in layer.parameters())
+    assert loaded.model.embed_tokens.weight.requires_grad
+
+
+def test_the_backbone_alone_loads_from_a_packed_checkpoint(tmp_path):
+    model = saved_packed(tmp_path)
+    with torch.no_grad():
+        hidden = AutoModel.from_pretrained(tmp_path)(token_batch()).last_hidden_state
+        assert torch.equal(hidden, model.model(token_batch()).last_hidden_state)
+
+
+def test_a_packed_model_is_known_as_such_and_refuses_qat(tmp_path):
+    saved_packed(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.is_quantized
+    assert loaded.config.quantization_config.mode == "packed"
+    assert loaded.hf_quantizer.is_trainable
+    assert not loaded.hf_quantizer.is_qat_trainable
+    assert loaded.hf_quantizer.is_serializable()
+    before = [id(module) for module in loaded.modules()]
+    with pytest.raises(ValueError, match=r"model.layers.0.self_attn.q_proj is packed already; train from the QAT"):
+        replace_modules_for_qat(loaded, V2)
+    assert [id(module) for module in loaded.modules()] == before
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_packed_model_generates_the_tokens_of_its_qat_model(family, tmp_path):
+    model = saved_packed(tmp_path, family)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    prompt = token_batch(rows=2, length=4)
+    out = loaded.generate(prompt, **options)
+    assert out.shape == (2, 12)
+    assert torch.equal(out, model.generate(prompt, **options))
+
+
+def test_a_model_that_was_converted_inside_a_larger_module_saves_what_it_is(tmp_path):
+    whole = nn.Module()
+    whole.inner = tiny_model("llama")
+    replace_modules_for_qat(whole, {"lm_head": None, "*.layers.0.*": "bitnet", "*": V2})
+    expected, before = schemes(whole.inner), logits(whole.inner)
+    convert_to_inference_mode(whole.inner).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert {name: loaded.get_submodule(name).scheme for name in packed_names(loaded)} == expected
+    assert torch.equal(logits(loaded), before)
+
+
+def test_packing_a_plain_checkpoint_while_it_loads_is_an_error_that_says_how(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no codes; load it with mode='qat'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=Fairy2iConfig(V2, mode="packed"))
+
+
+# Broken packed checkpoints
+
+BROKEN = "model.layers.1.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("codes", "torch.uint8 (2, 2, 16, 4)"),
+        ("scales", "torch.float32 (2, 2, 2)"),
+        ("bias", "torch.float32 (32,)"),
+    ],
+)
+def test_a_missing_tensor_is_an_error_that_names_it_and_what_was_expected(key, expected, tmp_path):
+    saved_packed(tmp_path, "qwen2")
+    edit_tensors(tmp_path, lambda tensors: tensors.pop(f"{BROKEN}.{key}"))
+    with pytest.raises(ValueError, match=re.escape(f"the checkpoint has no {BROKEN}.{key}, expected {expected}")):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("codes", lambda t: t[:1].clone(), "is U8 (1, 2, 16, 4), expected U8 (2, 2, 16, 4)"),
+        ("codes", lambda t: t[..., :3].clone(), "is U8 (2, 2, 16, 3), expected U8 (2, 2, 16, 4)"),
+        ("codes", lambda t: t.int(), "is I32 (2, 2, 16, 4), expected U8 (2, 2, 16, 4)"),
+        ("codes", lambda t: t.float(), "is F32 (2, 2, 16, 4), expected U8 (2, 2, 16, 4)"),
+        ("scales", lambda t: t[:1].clone(), "is F32 (1, 2, 2), expected F32 (2, 2, 2)"),
+        ("scales", lambda t: t.half(), "is F16 (2, 2, 2), expected F32 (2, 2, 2)"),
+        ("bias", lambda t: t[:4].clone(), "is F32 (4,), expected F32 (32,)"),
+    ],
+)
+@pytest.mark.parametrize("ignore", [False, True], ids=["strict", "mismatches ignored"])
+@pytest.mark.parametrize("model_class", [AutoModelForCausalLM, AutoModel], ids=["causal", "backbone"])
+def test_a_wrong_shape_or_dtype_is_an_error_that_names_file_tensor_and_what_was_expected(
+    model_class, ignore, key, change, message, tmp_path
+):
+    saved_packed(tmp_path, "qwen2")
+    edit_tensors(tmp_path, lambda tensors: tensors.update({f"{BROKEN}.{key}": change(tensors[f"{BROKEN}.{key}"])}))
+    with pytest.raises(ValueError, match=re.escape(f"model.safetensors: {BROKEN}.{key} {message}")):
+        model_class.from_pretrained(tmp_path, ignore_mismatched_sizes=ignore)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scales_that_are_not_finite_are_an_error_that_names_the_tensor(value, tmp_path):
+    saved_packed(tmp_path)
+    edit_tensors(tmp_path, lambda tensors: tensors[f"{BROKEN}.scales"][1, 0, 1].fill_(value))
+    with pytest.raises(ValueError, match=re.escape(f"{BROKEN}.scales has NaN or infinite entries")):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "sharded"])
+@pytest.mark.parametrize("kept", [0.9, 0.02], ids=["data", "header"])
+@pytest.mark.parametrize("save", [saved_packed, saved_qat], ids=["packed", "qat"])
+def test_a_truncated_file_is_an_error_that_names_it(save, kept, sharded, tmp_path):
+    if sharded:
+        save(tmp_path).save_pretrained(tmp_path, max_shard_size="8KB")
+        (tmp_path / "model.safetensors").unlink(missing_ok=True)
+    else:
+        save(tmp_path)
+    file = sorted(tmp_path.glob("*.safetensors"))[-1]
+    content = file.read_bytes()
+    file.write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(ValueError, match=f"{file.name} is truncated or damaged"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
