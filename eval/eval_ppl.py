@@ -20,11 +20,11 @@ import transformers
 from transformers.utils.logging import set_verbosity_warning
 
 import fairy2i
-from fairy2i import convert_to_inference_mode, replace_modules_for_qat
+from fairy2i import PackedLinear, QATLinear, convert_to_inference_mode, replace_modules_for_qat
 from fairy2i.evaluation.perplexity import load_eval_text, perplexity, tokenize_text
 from fairy2i.evaluation.table import markdown_table, number
+from fairy2i.inspection import inspect_layers
 from fairy2i.loading import load_model_and_tokenizer, parse_method
-from fairy2i.qat import QATLinear
 from fairy2i.schemes import method_name
 
 
@@ -53,14 +53,16 @@ def main(args: argparse.Namespace) -> None:
         model, tokenizer = load_model_and_tokenizer(
             args.model, gguf_file=args.gguf_file, tokenizer=args.tokenizer, dtype=getattr(torch, args.dtype)
         )
-        trained = {method_name(m.scheme) for m in model.modules() if isinstance(m, QATLinear)}
-        if trained and args.quant_method != ["none"]:
-            raise ValueError(f"{args.model} was trained with {', '.join(sorted(trained))}; leave out --quant_method")
-        bits = None
-        if trained or method is not None:
-            # a QATLinear stays what it is; all are then written out, so that no window quantizes anew
-            bits = replace_modules_for_qat(model, method or next(iter(trained)), args.skip_lm_head).bits_per_weight
-            convert_to_inference_mode(model, packed=False)
+        layers = [m for m in model.modules() if isinstance(m, QATLinear | PackedLinear)]
+        trained = ", ".join(sorted({method_name(layer.scheme) for layer in layers}))
+        if layers and args.quant_method != ["none"]:
+            raise ValueError(f"{args.model} was trained with {trained}; leave out --quant_method")
+        if method is not None:
+            replace_modules_for_qat(model, method, args.skip_lm_head)
+        infos = inspect_layers(model)
+        bits = sum(i.bits_per_weight * i.numel for i in infos) / sum(i.numel for i in infos) if infos else None
+        if any(isinstance(m, QATLinear) for m in model.modules()):
+            convert_to_inference_mode(model, packed=False)  # the same outputs, and no window quantizes anew
         model.to(args.device)
         for text in texts:
             tokens = tokenize_text(text.text, tokenizer)
@@ -68,7 +70,7 @@ def main(args: argparse.Namespace) -> None:
             results.append(
                 {
                     "model": args.model,
-                    "method": "trained: " + ", ".join(sorted(trained)) if trained else name,
+                    "method": f"trained: {trained}" if layers else name,
                     "bits_per_weight": bits,
                     "data": text.name,
                     "data_sha256": text.sha256,

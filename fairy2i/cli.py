@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import math
 import os
 import platform
 import sys
@@ -124,8 +123,8 @@ def run_inspect(args: argparse.Namespace) -> None:
     layers = inspect_layers(model, original)
     if not layers:
         raise ValueError(f"{args.model} has no quantized layers")
-    weights = sum(math.prod(layer.shape) for layer in layers)
-    bits = sum(layer.bits_per_weight * math.prod(layer.shape) for layer in layers) / weights
+    weights = sum(layer.numel for layer in layers)
+    bits = sum(layer.bits_per_weight * layer.numel for layer in layers) / weights
     tensors = [*model.parameters(), *model.buffers()]
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     summary = {"layers": len(layers), "weights": weights, "bits_per_weight": bits, "bytes_in_memory": total}

@@ -29,6 +29,11 @@ class LayerInfo:
     code_use: list[float]
     error: float | None
 
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-able dict."""
         return asdict(self)
