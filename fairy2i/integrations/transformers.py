@@ -1,4 +1,4 @@
-"""The transformers quantizer: QAT checkpoints that `from_pretrained` reads back as QAT models.
+"""The transformers quantizer: QAT and packed checkpoints that `from_pretrained` reads back as what they were.
 
 `config.json` carries
 
@@ -8,6 +8,7 @@
 
 written from what was really replaced, with full module names, so loading repeats the conversion and never decides anew.
 The weights beside it are the master weights under their plain names (and learned ``scales``), which any tool can read.
+With "mode": "packed" they are ``codes`` and ``scales``, see docs/format.md.
 """
 
 import itertools
@@ -120,7 +121,7 @@ def _check_files(model: Any, files: Iterable[str]) -> None:
     expected = {f"{name}.{key}": tensor for name, layer in packed for key, tensor in layer.state_dict().items()}
     prefix = f"{model.base_model_prefix}."  # in the names of a model with a head, not in those of its backbone
     for file in files:
-        if not file.endswith(".safetensors"):
+        if not str(file).endswith(".safetensors"):
             continue
         try:
             with safe_open(file, "pt") as opened:
@@ -149,7 +150,7 @@ def _check_packed(name: str, layer: PackedLinear) -> None:
 
 
 class Fairy2iQuantizer(HfQuantizer):
-    """Turns a model skeleton into a QAT model before transformers loads its weights."""
+    """Turns a model skeleton into a QAT or packed model before transformers loads its weights."""
 
     requires_calibration = False
 
@@ -184,7 +185,7 @@ class Fairy2iQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
-        """A QAT model saves its master weights."""
+        """A QAT model saves its master weights, a packed one its codes and scales."""
         return True
 
     @property
