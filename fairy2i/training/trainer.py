@@ -103,8 +103,9 @@ class StopAndSave(TrainerCallback):
             logger.warning("stopping after this step with a checkpoint; once more stops at once and loses it")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Install the handlers."""
-        self.previous = {number: signal.signal(number, self._handle) for number in self.signals}
+        """Install the handlers; a signal that was ignored, as ctrl-C is in a background job, stays ignored."""
+        heard = [number for number in self.signals if signal.getsignal(number) is not signal.SIG_IGN]
+        self.previous = {number: signal.signal(number, self._handle) for number in heard}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Save and stop if a signal came, to any of the processes."""

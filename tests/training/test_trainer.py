@@ -214,9 +214,12 @@ def test_resuming_from_nothing_starts_afresh(folder, tmp_path):
 @pytest.fixture
 def handlers():
     """Check that the signal handlers are afterwards what they were before."""
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     before = [signal.getsignal(number) for number in StopAndSave.signals]
     yield
-    assert [signal.getsignal(number) for number in StopAndSave.signals] == before
+    after = [signal.getsignal(number) for number in StopAndSave.signals]
+    signal.signal(signal.SIGINT, outside)
+    assert after == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -307,3 +310,13 @@ def test_distillation_pulls_the_student_to_the_teacher(folder, tmp_path):
 def test_impossible_distillation_is_refused(folder, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         train(folder, tmp_path, **settings)
+
+
+def test_an_ignored_signal_stays_ignored(handlers):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stop = StopAndSave()
+    stop.on_train_begin(None, None, None)
+    os.kill(os.getpid(), signal.SIGINT)
+    stop.on_train_end(None, None, None)
+    assert not stop.stopped
+    assert signal.signal(signal.SIGINT, signal.default_int_handler) is signal.SIG_IGN
