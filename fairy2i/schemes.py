@@ -8,6 +8,7 @@ value here, not a new class.
 import dataclasses
 import difflib
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -32,7 +33,7 @@ def _check_int(field: str, value: object, low: int, high: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scheme:
+class Scheme(ABC):
     """What all schemes share: the groups that have a scale of their own, and where scales come from.
 
     Attributes:
@@ -60,35 +61,35 @@ class Scheme:
         """Return why a matrix of this shape cannot be quantized, or None if it can."""
         return "has no entries" if out_features == 0 or in_features == 0 else None
 
+    @abstractmethod
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
         """Return the shape of the scales of a (out_features, in_features) matrix."""
-        raise NotImplementedError
 
+    @abstractmethod
     def code_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
         """Return the shape of the unpacked codes of a (out_features, in_features) matrix."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def code_width(self) -> int:
         """Bits of a stored code."""
-        raise NotImplementedError
 
     def packed_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
         """Return the shape of the packed codes, in bytes."""
         *rows, columns = self.code_shape(out_features, in_features)
         return (*rows, packed_columns(columns, self.code_width))
 
+    @abstractmethod
     def quantize(self, weight: Tensor, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return (codes uint8, scales float32) of a (out, in) matrix; with ``scales`` given only the codes are new."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dequantize(self, codes: Tensor, scales: Tensor) -> Tensor:
         """Return the dense float32 (out, in) weight of codes and scales."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scale_gradient(self, grad: Tensor, codes: Tensor) -> Tensor:
         """Return the gradient of the scales from the (out, in) gradient of the dense weight."""
-        raise NotImplementedError
 
     def bits_per_weight(self, out_features: int, in_features: int) -> float:
         """Return the true bits per real weight as stored: packed codes, padding included, plus float32 scales."""
