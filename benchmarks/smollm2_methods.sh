@@ -4,7 +4,7 @@
 #   bash benchmarks/smollm2_methods.sh OUT MODEL TRAIN_TEXT WIKITEXT2_TEST [more held-out texts ...]
 #
 # METHODS and FLAGS (more arguments of train.py) may be set. Needs a GPU of 80 GB. Writes OUT/<method>.json and logs.
-# A method with nothing after it in OUT is trained; one that has its JSON is not run again. 'untrained' measures the
+# A method whose JSON is in OUT already is not run again. 'untrained' measures the
 # model as it is, 'none' trains it unquantized.
 set -euo pipefail
 out=$1 model=$2 train_text=$3

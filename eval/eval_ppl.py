@@ -20,10 +20,10 @@ import transformers
 from transformers.utils.logging import set_verbosity_warning
 
 import fairy2i
-from fairy2i import PackedLinear, QATLinear, convert_to_inference_mode, replace_modules_for_qat
+from fairy2i import QATLinear, convert_to_inference_mode, replace_modules_for_qat
 from fairy2i.evaluation.perplexity import load_eval_text, perplexity, tokenize_text
 from fairy2i.evaluation.table import markdown_table, number
-from fairy2i.inspection import inspect_layers
+from fairy2i.inspection import model_bits_per_weight, quantized_layers
 from fairy2i.loading import load_model_and_tokenizer, parse_method
 from fairy2i.schemes import method_name
 
@@ -53,14 +53,13 @@ def main(args: argparse.Namespace) -> None:
         model, tokenizer = load_model_and_tokenizer(
             args.model, gguf_file=args.gguf_file, tokenizer=args.tokenizer, dtype=getattr(torch, args.dtype)
         )
-        layers = [m for m in model.modules() if isinstance(m, QATLinear | PackedLinear)]
-        trained = ", ".join(sorted({method_name(layer.scheme) for layer in layers}))
+        layers = quantized_layers(model)
+        trained = ", ".join(sorted({method_name(layer.scheme) for layer in layers.values()}))
         if layers and args.quant_method != ["none"]:
             raise ValueError(f"{args.model} was trained with {trained}; leave out --quant_method")
         if method is not None:
             replace_modules_for_qat(model, method, args.skip_lm_head)
-        infos = inspect_layers(model)
-        bits = sum(i.bits_per_weight * i.numel for i in infos) / sum(i.numel for i in infos) if infos else None
+        bits = model_bits_per_weight(model) or None
         if any(isinstance(m, QATLinear) for m in model.modules()):
             convert_to_inference_mode(model, packed=False)  # the same outputs, and no window quantizes anew
         model.to(args.device)

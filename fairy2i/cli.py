@@ -17,7 +17,7 @@ from transformers.utils.logging import set_verbosity_warning
 from ._version import __version__
 from .convert import convert_to_inference_mode, replace_modules_for_qat
 from .evaluation.table import markdown_table
-from .inspection import inspect_layers
+from .inspection import inspect_layers, model_bits_per_weight
 from .loading import load_model_and_tokenizer, parse_method
 from .packed import PackedLinear
 from .qat import QATLinear
@@ -124,7 +124,7 @@ def run_inspect(args: argparse.Namespace) -> None:
     if not layers:
         raise ValueError(f"{args.model} has no quantized layers")
     weights = sum(layer.numel for layer in layers)
-    bits = sum(layer.bits_per_weight * layer.numel for layer in layers) / weights
+    bits = model_bits_per_weight(model)
     tensors = [*model.parameters(), *model.buffers()]
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     summary = {"layers": len(layers), "weights": weights, "bits_per_weight": bits, "bytes_in_memory": total}

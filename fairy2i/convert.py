@@ -16,7 +16,7 @@ from torch import nn
 
 from .packed import PackedLinear
 from .qat import QATLinear
-from .schemes import Scheme, method_name, resolve_method
+from .schemes import Scheme, mean_bits_per_weight, method_name, resolve_method
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +63,7 @@ class ConversionReport:
     @property
     def bits_per_weight(self) -> float:
         """Mean stored bits per weight of the quantized layers, codes and float32 scales counted."""
-        bits = sum(layer.scheme.bits_per_weight(*layer.shape) * layer.numel for layer in self.replaced)
-        return bits / max(self.quantized_weights, 1)
+        return mean_bits_per_weight((layer.scheme, layer.shape) for layer in self.replaced)
 
     def __str__(self) -> str:
         counts: dict[str, int] = {}

@@ -8,7 +8,7 @@ from torch import nn
 
 from .packed import PackedLinear
 from .qat import QATLinear
-from .schemes import Scheme, method_name
+from .schemes import Scheme, mean_bits_per_weight, method_name
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,17 @@ def code_count(scheme: Scheme) -> int:
     return int(getattr(scheme, "levels", 4))
 
 
+def quantized_layers(model: nn.Module) -> dict[str, QATLinear | PackedLinear]:
+    """Return the quantized layers of a model by name."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, QATLinear | PackedLinear)}
+
+
+def model_bits_per_weight(model: nn.Module) -> float:
+    """Return the true bits per weight over the quantized layers; 0 without any. Quantizes nothing."""
+    layers = quantized_layers(model).values()
+    return mean_bits_per_weight((layer.scheme, (layer.out_features, layer.in_features)) for layer in layers)
+
+
 @torch.no_grad()
 def inspect_layers(model: nn.Module, original: nn.Module | None = None) -> list[LayerInfo]:
     """Look into each quantized layer of a model.
@@ -56,9 +67,7 @@ def inspect_layers(model: nn.Module, original: nn.Module | None = None) -> list[
         ValueError: the original lacks a layer, or has it in another shape.
     """
     infos = []
-    for name, layer in model.named_modules():
-        if not isinstance(layer, QATLinear | PackedLinear):
-            continue
+    for name, layer in quantized_layers(model).items():
         scheme, shape = layer.scheme, (layer.out_features, layer.in_features)
         codes, scales = layer.codes_and_scales()
         counts = torch.bincount(codes.flatten().long(), minlength=code_count(scheme)).double()

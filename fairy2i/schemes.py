@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -194,6 +195,15 @@ class RealScheme(Scheme):
 
     def scale_gradient(self, grad: Tensor, codes: Tensor) -> Tensor:
         return real_scale_gradient(grad, codes, levels=self.levels, granularity=self.granularity, tile=self.tile)
+
+
+def mean_bits_per_weight(layers: Iterable[tuple[Scheme, tuple[int, int]]]) -> float:
+    """Return the true bits per weight over layers given as (scheme, (out, in)); 0 without layers."""
+    bits = weights = 0.0
+    for scheme, shape in layers:
+        bits += scheme.bits_per_weight(*shape) * math.prod(shape)
+        weights += math.prod(shape)
+    return bits / max(weights, 1)
 
 
 METHODS: dict[str, Scheme] = {
