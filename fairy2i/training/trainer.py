@@ -73,6 +73,9 @@ class QATTrainingArguments(TrainingArguments):
     learning_rate: float = field(default=3e-5, metadata={"help": "Peak learning rate."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Second beta of AdamW."})
     max_grad_norm: float = field(default=2.0, metadata={"help": "Gradient norm to clip at."})
+    scale_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of learned scales. Default: a quarter of learning_rate."}
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
 
@@ -143,6 +146,22 @@ class QATTrainer(Trainer):
             teacher.requires_grad_(False).eval()
             teacher.to(self.args.device, torch.bfloat16 if self.args.bf16 else None)
             self.model_accepts_loss_kwargs = True  # the sum is divided by the tokens of all accumulated batches
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Return the optimizer that the arguments ask for, with learned scales in a group of their own, undecayed."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        owner = model if model is not None else self.model
+        layers = [module for module in owner.modules() if isinstance(module, QATLinear)]
+        scales = [layer.scales for layer in layers if layer.scales is not None and layer.scales.requires_grad]
+        if fresh and scales:
+            mine = set(map(id, scales))
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in mine]
+            rate = self.args.scale_learning_rate
+            rate = self.args.learning_rate / 4 if rate is None else rate
+            optimizer.add_param_group({"params": scales, "lr": rate, "weight_decay": 0.0})
+        return optimizer
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
