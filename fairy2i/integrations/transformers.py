@@ -12,6 +12,8 @@ With "mode": "packed" they are ``codes`` and ``scales``, see docs/format.md.
 """
 
 import itertools
+import os
+import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -26,6 +28,7 @@ from ..convert import ConversionReport, Method, convert_to_inference_mode, repla
 from ..packed import PackedLinear
 from ..qat import QATLinear
 from ..schemes import Scheme, resolve_method, scheme_from_dict
+from .remote_code import add_auto_map, has_auto_map, remove_auto_map, write_shim
 
 FORMAT_VERSION = 1
 MODES = ("qat", "packed")
@@ -153,6 +156,7 @@ class Fairy2iQuantizer(HfQuantizer):
     """Turns a model skeleton into a QAT or packed model before transformers loads its weights."""
 
     requires_calibration = False
+    saving: tuple[str | os.PathLike[str] | None, dict[str, Tensor] | None] = (None, None)  # see save_pretrained
 
     def __init__(self, quantization_config: Fairy2iConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -188,6 +192,15 @@ class Fairy2iQuantizer(HfQuantizer):
         """A QAT model saves its master weights, a packed one its codes and scales."""
         return True
 
+    def get_state_dict_and_metadata(
+        self, model: Any, *_: Any, **__: Any
+    ) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+        """Write the shim while save_pretrained runs, which is late enough for it to count among the files to upload."""
+        folder, state_dict = self.saving
+        if folder is not None and has_auto_map(model.config):
+            write_shim(folder)
+        return state_dict, {}
+
     @property
     def is_trainable(self) -> bool:
         """A QAT model trains; a packed one takes adapters."""
@@ -221,6 +234,8 @@ def record_conversion(model: Any, report: ConversionReport | None, mode: str | N
     """
     if mode is None:
         HfQuantizer.remove_quantization_config(None, model)  # type: ignore[arg-type]
+        remove_auto_map(model.config)
+        vars(model).pop("save_pretrained", None)
         return
     if report is None:
         model.config.quantization_config.mode = mode
@@ -239,3 +254,28 @@ def record_conversion(model: Any, report: ConversionReport | None, mode: str | N
     model.hf_quantizer = Fairy2iQuantizer(config, pre_quantized=True)
     model.quantization_method = config.quant_method
     model.is_quantized = True
+    add_auto_map(model.config)
+    model.save_pretrained = types.MethodType(save_pretrained, model)
+
+
+def save_pretrained(
+    model: Any,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: dict[str, Tensor] | None = None,
+    **kwargs: Any,
+) -> None:
+    """Stand in for the method of a converted model: do what that does, and put the shim beside the weights.
+
+    transformers asks the quantizer for the state dict while it saves, but does not say where to, and drops the state
+    dict that it was given (FSDP passes the gathered one). Both go to the quantizer from here.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    adapter_alone = getattr(model, "_hf_peft_config_loaded", False)
+    if isinstance(quantizer, Fairy2iQuantizer):
+        quantizer.saving = (save_directory if is_main_process and not adapter_alone else None, state_dict)
+    try:
+        type(model).save_pretrained(model, save_directory, is_main_process, state_dict, **kwargs)
+    finally:
+        if isinstance(quantizer, Fairy2iQuantizer):
+            quantizer.saving = (None, None)
