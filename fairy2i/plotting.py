@@ -203,7 +203,7 @@ def _draw_by_layer(axes: Any, places: Sequence[tuple[int, str]], values: Sequenc
         for block, value in points:
             by_block.setdefault(block, []).append(value)
         colour = COLOURS[index % len(COLOURS)]
-        marker = MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
+        marker = MARKERS[(index + 2 * (index // len(COLOURS))) % len(MARKERS)]  # no pair twice in 56 kinds
         blocks = sorted(by_block)
         axes.plot(blocks, [sum(by_block[b]) / len(by_block[b]) for b in blocks], color=colour, linewidth=0.9, alpha=0.6)
         label = kind if index < MOST_IN_LEGEND else None
@@ -212,9 +212,8 @@ def _draw_by_layer(axes: Any, places: Sequence[tuple[int, str]], values: Sequenc
     _block_axis(axes, {block for block, _ in places})
     axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
     if legend and len(kinds) > 1:
-        more = len(kinds) - MOST_IN_LEGEND
-        title = f"and {more} more kinds" if more > 0 else None
-        _legend_beside(axes, title=title)
+        cut = len(kinds) > MOST_IN_LEGEND
+        _legend_beside(axes, title=f"{MOST_IN_LEGEND} of {len(kinds)} kinds" if cut else None)
 
 
 def _draw_codes(axes: Any, layers: Sequence[tuple[int, list[float]]]) -> None:
@@ -319,7 +318,7 @@ def _heading(layers: Sequence[LayerInfo]) -> str:
     methods = [f"{count} x {name}" if len(total["methods"]) > 1 else name for name, count in total["methods"].items()]
     shown = ", ".join(methods[:3]) + (" and others" if len(methods) > 3 else "")
     many = "s" if len(layers) > 1 else ""
-    bits = f"{total['bits_per_weight']:.4g} bits"
+    bits = f"{total['bits_per_weight']:.4f} bits"
     heading = f"{len(layers)} layer{many}, {total['weights']:,} weights at {bits}: {shown}"
     heading += "" if total["error"] is None else f"; error of all weights {total['error']:.4f}"
     return textwrap.fill(heading, 130)
