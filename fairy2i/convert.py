@@ -110,7 +110,7 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
-def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[int, int]]]:
+def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[int, int]]]:
     """Yield (name, module, (out, in)) of every linear layer, a shared module once."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | PackedLinear):
@@ -208,7 +208,7 @@ def replace_modules_for_qat(
     skip_modules = [skip_modules] if isinstance(skip_modules, str) else list(skip_modules)
     _check_not_quantized(model)
 
-    layers = list(_linear_layers(model))
+    layers = list(linear_layers(model))
     names = {name for name, _, _ in layers}
     head = _output_head(model)
     embeddings = _embedding_ids(model)

@@ -14,25 +14,24 @@ With "mode": "packed" they are ``codes`` and ``scales``, see docs/format.md.
 import itertools
 import os
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..convert import ConversionReport, Method, convert_to_inference_mode, replace_modules_for_qat
+from ..convert import ConversionReport, convert_to_inference_mode, replace_modules_for_qat
 from ..packed import PackedLinear
 from ..qat import QATLinear
 from ..schemes import Scheme, resolve_method, scheme_from_dict
+from .checkpoint import check_loaded, check_stored, fit_to_model, quantized_layers, read_headers
 from .remote_code import add_auto_map, has_auto_map, remove_auto_map, write_shim
 
 FORMAT_VERSION = 1
 MODES = ("qat", "packed")
-_DTYPES = {"codes": "U8", "scales": "F32"}  # of a packed layer, in the words of safetensors; a bias may be any float
 
 
 class Fairy2iConfig(QuantizationConfigMixin):
@@ -110,48 +109,6 @@ def _read_method(method: Any) -> dict[str, Scheme | None]:
     }
 
 
-def _loaded(parameter: Tensor) -> bool:
-    """Whether transformers read this parameter from the checkpoint."""
-    return getattr(parameter, "_is_hf_initialized", False)
-
-
-def _check_files(model: Any, files: Iterable[str]) -> None:
-    """Raise where a file is damaged, or has a tensor of a packed layer in another shape or dtype; reads headers only.
-
-    transformers itself names no file of a truncated checkpoint, logs a wrong shape, and casts a wrong dtype.
-    """
-    packed = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, PackedLinear)]
-    expected = {f"{name}.{key}": tensor for name, layer in packed for key, tensor in layer.state_dict().items()}
-    prefix = f"{model.base_model_prefix}."  # in the names of a model with a head, not in those of its backbone
-    for file in files:
-        if not str(file).endswith(".safetensors"):
-            continue
-        try:
-            with safe_open(file, "pt") as opened:
-                for key in opened.keys():
-                    names = (key, prefix + key, key.removeprefix(prefix))
-                    tensor = next((expected[name] for name in names if name in expected), None)
-                    if tensor is None:
-                        continue
-                    found = opened.get_slice(key)
-                    dtype = _DTYPES.get(key.rpartition(".")[2], found.get_dtype())
-                    if (dtype, list(tensor.shape)) != (found.get_dtype(), found.get_shape()):
-                        raise ValueError(
-                            f"{file}: {key} is {found.get_dtype()} {tuple(found.get_shape())}, "
-                            f"expected {dtype} {tuple(tensor.shape)}"
-                        )
-        except SafetensorError as error:
-            raise ValueError(f"{file} is truncated or damaged: {error}") from error
-
-
-def _check_packed(name: str, layer: PackedLinear) -> None:
-    for key, tensor in layer.state_dict(keep_vars=True).items():
-        if not _loaded(tensor):
-            raise ValueError(f"the checkpoint has no {name}.{key}, expected {tensor.dtype} {tuple(tensor.shape)}")
-    if not torch.isfinite(layer.scales).all():
-        raise ValueError(f"{name}.scales has NaN or infinite entries; the checkpoint is damaged")
-
-
 class Fairy2iQuantizer(HfQuantizer):
     """Turns a model skeleton into a QAT or packed model before transformers loads its weights."""
 
@@ -160,33 +117,56 @@ class Fairy2iQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Fairy2iConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self.packs = quantization_config.mode == "packed" and not self.pre_quantized
+        self.absent: set[str] = set()  # tensors of quantized layers that no file names
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         config = self.quantization_config
         assert isinstance(config, Fairy2iConfig)
-        if config.mode == "packed" and not self.pre_quantized:
-            raise ValueError(
-                "a plain checkpoint has no codes; load it with mode='qat' and convert_to_inference_mode(model)"
-            )
-        method: Method = config.method
-        replace_modules_for_qat(model, method, config.skip_lm_head, config.skip_modules)
-        if config.mode == "packed":
-            convert_to_inference_mode(model)
-        _check_files(model, kwargs.get("checkpoint_files") or ())
+        method, skip_modules = config.method, config.skip_modules
+        stored = read_headers(model, kwargs.get("checkpoint_files") or ())
+        if self.pre_quantized:
+            method, skip_modules = fit_to_model(model, method, skip_modules, stored)
+        replace_modules_for_qat(model, method, config.skip_lm_head, skip_modules)
+        if self.pre_quantized:
+            if config.mode == "packed":
+                convert_to_inference_mode(model)
+            self.absent = check_stored(model, stored)
         self.quantization_config = model.config.quantization_config
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        for name, layer in model.named_modules():
-            if isinstance(layer, QATLinear) and layer.scales is not None:
-                if not self.pre_quantized:
-                    layer.init_scales()
-                elif _loaded(layer.weight) and not _loaded(layer.scales):
-                    raise ValueError(f"the checkpoint has no {name}.scales, expected shape {tuple(layer.scales.shape)}")
+        if self.pre_quantized:
+            check_loaded(model, self.absent)
+        else:
+            self._quantize_plain_weights(model)
+        for layer in quantized_layers(model).values():
             if isinstance(layer, PackedLinear):
-                _check_packed(name, layer)
                 layer.requires_grad_(False)  # transformers makes new Parameters, which ask for gradients
         return model
+
+    def _quantize_plain_weights(self, model: Any) -> None:
+        """Do what replace_modules_for_qat could not do before there were weights, and pack them if asked to."""
+        hooks = {}
+        for name, layer in quantized_layers(model).items():
+            assert isinstance(layer, QATLinear)
+            if layer.weight.is_meta and (self.packs or layer.scales is not None):
+                what = "mode='packed'" if self.packs else "the start of learned scales"
+                raise ValueError(
+                    f"{what} needs the weight of {name} in memory, but device_map offloads it; "
+                    "write a quantized checkpoint first and load that"
+                )
+            if not layer.weight.is_meta and not torch.isfinite(layer.weight).all():
+                raise ValueError(f"the weight of {name} has NaN or infinite entries")
+            layer.init_scales()
+            if hasattr(layer, "_hf_hook"):
+                hooks[name] = layer._hf_hook
+        if self.packs:
+            convert_to_inference_mode(model)
+            for name, hook in hooks.items():  # accelerate's, which brings the input to the device of the layer
+                from accelerate.hooks import add_hook_to_module
+
+                add_hook_to_module(model.get_submodule(name), hook)
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
         """A QAT model saves its master weights, a packed one its codes and scales."""

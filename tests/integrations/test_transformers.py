@@ -1,16 +1,15 @@
-"""transformers: what config.json says, what from_pretrained reads back, and the errors of broken checkpoints."""
+"""transformers: what config.json says, what from_pretrained reads back, and training around it."""
 
-import copy
 import importlib
 import json
-import re
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from checkpoints import LEARNED, MIXED, V2, edit_config, packed_names, read_config, saved_packed, saved_qat, schemes
+from safetensors.torch import load_file
 from tiny_models import logits, tiny_model, token_batch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import fairy2i.integrations.transformers as integration
@@ -23,33 +22,6 @@ from fairy2i import (
     convert_to_inference_mode,
     replace_modules_for_qat,
 )
-
-V2 = "complex_phase_v2"
-LEARNED = PhaseScheme(granularity="row", scales="learned")
-MIXED = {"*.layers.0.*": "complex_phase_v4", "down_proj": None, "*_proj": LEARNED, "lm_head": "bitnet"}
-
-
-def schemes(model):
-    return {name: module.scheme for name, module in model.named_modules() if isinstance(module, QATLinear)}
-
-
-def saved_qat(path, method=V2, tied=False, dtype=torch.float32, **kwargs):
-    """Save a tiny QAT model and return it."""
-    model = tiny_model("llama", tied, dtype=dtype)
-    replace_modules_for_qat(model, method, **kwargs)
-    model.save_pretrained(path)
-    return model
-
-
-def read_config(path):
-    return json.loads((path / "config.json").read_text())
-
-
-def edit_config(path, **fields):
-    config = read_config(path)
-    config["quantization_config"].update(fields)
-    (path / "config.json").write_text(json.dumps(config))
-
 
 # What is written
 
@@ -161,44 +133,6 @@ def test_a_sharded_checkpoint_reloads(tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 
-def test_the_backbone_alone_loads_from_the_checkpoint_of_a_causal_model(tmp_path):
-    model = saved_qat(tmp_path)
-    with torch.no_grad():
-        hidden = AutoModel.from_pretrained(tmp_path)(token_batch()).last_hidden_state
-        assert torch.equal(hidden, model.model(token_batch()).last_hidden_state)
-
-
-# On the fly
-
-
-@pytest.mark.parametrize("method", [V2, "bitnet", LEARNED, MIXED], ids=["v2", "bitnet", "learned", "mixed"])
-def test_a_plain_checkpoint_becomes_qat_while_it_loads(method, tmp_path):
-    plain = tiny_model("llama")
-    plain.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=Fairy2iConfig(method))
-    replace_modules_for_qat(plain, method)
-    assert schemes(loaded) == schemes(plain)
-    assert torch.equal(logits(loaded), logits(plain))
-
-
-def test_what_was_loaded_on_the_fly_saves_and_reloads(tmp_path):
-    tiny_model("llama").save_pretrained(tmp_path / "plain")
-    config = Fairy2iConfig(LEARNED, skip_lm_head=True)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=config)
-    model.save_pretrained(tmp_path / "qat")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "qat")
-    assert schemes(loaded) == schemes(model)
-    assert "lm_head" not in schemes(loaded)
-    assert torch.equal(logits(loaded), logits(model))
-
-
-def test_a_tied_head_is_left_alone_on_the_fly(tmp_path):
-    tiny_model("llama", tied=True).save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=Fairy2iConfig(V2))
-    assert "lm_head" not in schemes(loaded)
-    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-
-
 # Fairy2iConfig
 
 
@@ -247,59 +181,7 @@ def test_transformers_reads_the_config_as_ours(tmp_path):
     assert AUTO_QUANTIZATION_CONFIG_MAPPING["fairy2i"] is Fairy2iConfig
 
 
-# Broken checkpoints
-
-
-def test_missing_learned_scales_are_an_error_that_names_the_tensor_and_its_shape(tmp_path):
-    saved_qat(tmp_path, LEARNED)
-    tensors = load_file(tmp_path / "model.safetensors")
-    name = "model.layers.1.mlp.up_proj.scales"
-    shape = tuple(tensors.pop(name).shape)
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=re.escape(f"{name}, expected shape {shape}")):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
-
-
-def test_scales_of_a_wrong_shape_are_an_error_that_names_the_tensor(tmp_path):
-    saved_qat(tmp_path, LEARNED)
-    tensors = load_file(tmp_path / "model.safetensors")
-    name = "model.layers.1.mlp.up_proj.scales"
-    tensors[name] = tensors[name][:1].clone()
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RuntimeError, match="mismatched"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
-
-
-def test_a_layer_of_the_config_that_the_model_lacks_is_an_error(tmp_path):
-    saved_qat(tmp_path)
-    entries = [
-        {"scheme": METHODS["bitnet"].to_dict(), "modules": ["model.layers.7.mlp.up_proj"]},
-        {"scheme": METHODS[V2].to_dict(), "modules": ["*"]},
-    ]
-    edit_config(tmp_path, method=entries)
-    with pytest.raises(ValueError, match=r"no linear layer matches 'model.layers.7.mlp.up_proj'"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
-
-
 # Packed checkpoints
-
-
-def packed_names(model):
-    return [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
-
-
-def saved_packed(path, family="llama", method=V2, tied=False, dtype=torch.float32, skip=None, **kwargs):
-    """Save a tiny packed model; return the QAT model that it came from."""
-    model = tiny_model(family, tied, dtype=dtype)
-    replace_modules_for_qat(model, method, skip_lm_head=skip)
-    convert_to_inference_mode(copy.deepcopy(model)).save_pretrained(path, **kwargs)
-    return model
-
-
-def edit_tensors(path, edit):
-    tensors = load_file(path / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -393,13 +275,6 @@ def test_biases_of_packed_layers_are_frozen_after_loading_as_before_saving(tmp_p
     assert loaded.model.embed_tokens.weight.requires_grad
 
 
-def test_the_backbone_alone_loads_from_a_packed_checkpoint(tmp_path):
-    model = saved_packed(tmp_path)
-    with torch.no_grad():
-        hidden = AutoModel.from_pretrained(tmp_path)(token_batch()).last_hidden_state
-        assert torch.equal(hidden, model.model(token_batch()).last_hidden_state)
-
-
 def test_a_packed_model_is_known_as_such_and_refuses_qat(tmp_path):
     saved_packed(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -434,79 +309,6 @@ def test_a_model_that_was_converted_inside_a_larger_module_saves_what_it_is(tmp_
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert {name: loaded.get_submodule(name).scheme for name in packed_names(loaded)} == expected
     assert torch.equal(logits(loaded), before)
-
-
-def test_packing_a_plain_checkpoint_while_it_loads_is_an_error_that_says_how(tmp_path):
-    tiny_model("llama").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no codes; load it with mode='qat'"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=Fairy2iConfig(V2, mode="packed"))
-
-
-# Broken packed checkpoints
-
-BROKEN = "model.layers.1.self_attn.q_proj"
-
-
-@pytest.mark.parametrize(
-    ("key", "expected"),
-    [
-        ("codes", "torch.uint8 (2, 2, 16, 4)"),
-        ("scales", "torch.float32 (2, 2, 2)"),
-        ("bias", "torch.float32 (32,)"),
-    ],
-)
-def test_a_missing_tensor_is_an_error_that_names_it_and_what_was_expected(key, expected, tmp_path):
-    saved_packed(tmp_path, "qwen2")
-    edit_tensors(tmp_path, lambda tensors: tensors.pop(f"{BROKEN}.{key}"))
-    with pytest.raises(ValueError, match=re.escape(f"the checkpoint has no {BROKEN}.{key}, expected {expected}")):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("key", "change", "message"),
-    [
-        ("codes", lambda t: t[:1].clone(), "is U8 (1, 2, 16, 4), expected U8 (2, 2, 16, 4)"),
-        ("codes", lambda t: t[..., :3].clone(), "is U8 (2, 2, 16, 3), expected U8 (2, 2, 16, 4)"),
-        ("codes", lambda t: t.int(), "is I32 (2, 2, 16, 4), expected U8 (2, 2, 16, 4)"),
-        ("codes", lambda t: t.float(), "is F32 (2, 2, 16, 4), expected U8 (2, 2, 16, 4)"),
-        ("scales", lambda t: t[:1].clone(), "is F32 (1, 2, 2), expected F32 (2, 2, 2)"),
-        ("scales", lambda t: t.half(), "is F16 (2, 2, 2), expected F32 (2, 2, 2)"),
-        ("bias", lambda t: t[:4].clone(), "is F32 (4,), expected F32 (32,)"),
-    ],
-)
-@pytest.mark.parametrize("ignore", [False, True], ids=["strict", "mismatches ignored"])
-@pytest.mark.parametrize("model_class", [AutoModelForCausalLM, AutoModel], ids=["causal", "backbone"])
-def test_a_wrong_shape_or_dtype_is_an_error_that_names_file_tensor_and_what_was_expected(
-    model_class, ignore, key, change, message, tmp_path
-):
-    saved_packed(tmp_path, "qwen2")
-    edit_tensors(tmp_path, lambda tensors: tensors.update({f"{BROKEN}.{key}": change(tensors[f"{BROKEN}.{key}"])}))
-    with pytest.raises(ValueError, match=re.escape(f"model.safetensors: {BROKEN}.{key} {message}")):
-        model_class.from_pretrained(tmp_path, ignore_mismatched_sizes=ignore)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_scales_that_are_not_finite_are_an_error_that_names_the_tensor(value, tmp_path):
-    saved_packed(tmp_path)
-    edit_tensors(tmp_path, lambda tensors: tensors[f"{BROKEN}.scales"][1, 0, 1].fill_(value))
-    with pytest.raises(ValueError, match=re.escape(f"{BROKEN}.scales has NaN or infinite entries")):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "sharded"])
-@pytest.mark.parametrize("kept", [0.9, 0.02], ids=["data", "header"])
-@pytest.mark.parametrize("save", [saved_packed, saved_qat], ids=["packed", "qat"])
-def test_a_truncated_file_is_an_error_that_names_it(save, kept, sharded, tmp_path):
-    if sharded:
-        save(tmp_path).save_pretrained(tmp_path, max_shard_size="8KB")
-        (tmp_path / "model.safetensors").unlink(missing_ok=True)
-    else:
-        save(tmp_path)
-    file = sorted(tmp_path.glob("*.safetensors"))[-1]
-    content = file.read_bytes()
-    file.write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(ValueError, match=f"{file.name} is truncated or damaged"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 # Registration
