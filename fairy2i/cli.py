@@ -15,12 +15,14 @@ from transformers import TextStreamer, set_seed
 from transformers.utils.logging import set_verbosity_warning
 
 from ._version import __version__
-from .convert import convert_to_inference_mode, replace_modules_for_qat
+from .convert import ConversionReport, Method, convert_to_inference_mode, replace_modules_for_qat
 from .evaluation.table import markdown_table
 from .inspection import inspect_layers, model_bits_per_weight
 from .loading import load_model_and_tokenizer, parse_method
 from .packed import PackedLinear
 from .qat import QATLinear
+from .saving import atomic_folder
+from .streaming import NotStreamable, check_method, pack_checkpoint
 
 PACKAGES = (
     "torch",
@@ -51,11 +53,16 @@ def build_parser() -> argparse.ArgumentParser:
     quantize = commands.add_parser(
         "quantize",
         help="pack a checkpoint",
-        description="Pack a QAT checkpoint as it was trained, or quantize and pack a plain one. A plain model that was "
-        "not trained for it is of little use at one or two bits.",
+        description="Pack a QAT checkpoint as it was trained, or quantize and pack a plain one. A plain model that\n"
+        "was not trained for it is of little use at one or two bits. Safetensors are packed layer by layer,\n"
+        "without the whole model in memory. The output is there when it is complete, or not at all.",
+        epilog="examples:\n"
+        "  fairy2i quantize outputs/my-w2 my-w2-packed                           # a QAT checkpoint\n"
+        "  fairy2i quantize MODEL model-w2-packed --method complex_phase_v2      # a plain one",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_model(quantize)
-    quantize.add_argument("output", help="folder to write")
+    quantize.add_argument("output", help="folder to make; an empty one may be there")
     quantize.add_argument("--method", help="method for a plain checkpoint: a name, or JSON as for train.py")
     quantize.add_argument("--skip_lm_head", action=argparse.BooleanOptionalAction, help="default: only a tied head")
     quantize.add_argument("--dequantized", action="store_true", help="write plain weights instead of packed ones")
@@ -93,25 +100,39 @@ def _load(args: argparse.Namespace) -> tuple[nn.Module, object]:
 
 
 def run_quantize(args: argparse.Namespace) -> None:
-    """Pack a checkpoint and write it."""
-    if os.path.isdir(args.output) and os.listdir(args.output):
-        raise ValueError(f"{args.output} is not empty; choose another folder or remove it first")
-    model, tokenizer = _load(args)
-    kinds = {type(module) for module in model.modules()}
-    if PackedLinear in kinds:
-        raise ValueError(f"{args.model} is packed already")
-    if QATLinear not in kinds:
-        method = parse_method(args.method)
-        if method is None:
-            raise ValueError(f"{args.model} is not a QAT checkpoint; give a --method to quantize it without training")
-        print(replace_modules_for_qat(model, method, args.skip_lm_head))
-    elif args.method:
-        raise ValueError(f"{args.model} is a QAT checkpoint and is packed as it was trained; leave out --method")
-    convert_to_inference_mode(model, packed=not args.dequantized)
-    model.save_pretrained(args.output)  # type: ignore[operator]
-    tokenizer.save_pretrained(args.output)  # type: ignore[attr-defined]
+    """Pack a checkpoint and write it: from disk to disk where that can be done, else in memory."""
+    method, report = parse_method(args.method), None
+    if not (args.gguf_file or args.dequantized):
+        try:
+            report = pack_checkpoint(
+                args.model,
+                args.output,
+                method,
+                skip_lm_head=args.skip_lm_head,
+                dtype=args.dtype,
+                tokenizer=args.tokenizer,
+            )
+        except NotStreamable as error:
+            print(f"the whole model goes into memory: {error.reason}", file=sys.stderr)
+    if report is None:
+        report = _quantize_in_memory(args, method)
+    print(report)
     size = sum(entry.stat().st_size for entry in os.scandir(args.output) if entry.name.endswith(".safetensors"))
     print(f"{args.output}: {size / 1e6:,.1f} MB of weights")
+
+
+def _quantize_in_memory(args: argparse.Namespace, method: Method | None) -> ConversionReport:
+    with atomic_folder(args.output) as folder:
+        model, tokenizer = _load(args)
+        kinds = {type(module) for module in model.modules()}
+        if PackedLinear in kinds:
+            raise ValueError(f"{args.model} is packed already")
+        check_method(args.model, QATLinear in kinds, method, args.skip_lm_head is not None)
+        report = replace_modules_for_qat(model, {} if method is None else method, args.skip_lm_head)
+        convert_to_inference_mode(model, packed=not args.dequantized)
+        model.save_pretrained(folder)  # type: ignore[operator]
+        tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
+    return report
 
 
 def run_inspect(args: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .convert import Method
 from .schemes import METHODS, Scheme, resolve_method, scheme_from_dict
+from .streaming import find_model
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +39,7 @@ def load_model_and_tokenizer(
         FileNotFoundError: ``model`` looks like a local path and is not there.
         OSError: neither a folder nor a model that the Hub can give.
     """
-    looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
-    model = os.path.expanduser(model)
-    if looks_local and not os.path.isdir(model):
-        raise FileNotFoundError(f"there is no model folder {model}; give a folder with a config.json or a Hub id")
+    model = find_model(model)
     extra = {"gguf_file": gguf_file} if gguf_file else {}
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **extra)
     if gguf_file and getattr(loaded, "hf_quantizer", None) is not None:

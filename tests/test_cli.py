@@ -57,9 +57,9 @@ def test_dequantized_output_is_plain_and_the_same(qat, tmp_path):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        (("plain",), "give a --method"),
+        (("plain",), "give a method"),
         (("plain", "--method", "complex_phase_v22"), "Did you mean"),
-        (("qat", "--method", "bitnet"), "leave out --method"),
+        (("qat", "--method", "bitnet"), "leave out method"),
         (("nowhere/at/all",), "no model folder"),
     ],
 )
