@@ -1,4 +1,4 @@
-"""The `fairy2i` command: quantize, inspect, generate, doctor."""
+"""The `fairy2i` command: train, eval, quantize, inspect, generate, doctor."""
 
 import argparse
 import json
@@ -6,49 +6,68 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import TextStreamer, set_seed
-from transformers.utils.logging import set_verbosity_warning
+from transformers.utils.logging import disable_progress_bar, set_verbosity_warning
 
 from ._version import __version__
 from .convert import ConversionReport, Method, convert_to_inference_mode, replace_modules_for_qat
 from .evaluation.table import markdown_table
-from .inspection import inspect_layers, model_bits_per_weight
+from .inspection import LayerInfo, inspect_layers, summarize
 from .loading import load_model_and_tokenizer, parse_method
 from .packed import PackedLinear
+from .plotting import WeightHistograms, check_plot_file, draw
 from .qat import QATLinear
 from .saving import atomic_folder
 from .streaming import NotStreamable, check_method, pack_checkpoint
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "safetensors",
-    "huggingface_hub",
-    "triton",
-    "lm_eval",
-    "gguf",
+PACKAGES = {  # name: what an optional one is for
+    "torch": "",
+    "transformers": "",
+    "accelerate": "",
+    "datasets": "",
+    "safetensors": "",
+    "huggingface_hub": "",
+    "triton": "torch.compile on a GPU",
+    "peft": "adapters",
+    "lm_eval": "tasks: pip install 'fairy2i[eval]'",
+    "gguf": "GGUF files: pip install 'fairy2i[gguf]'",
+    "matplotlib": "inspect --plot: pip install 'fairy2i[plot]'",
+}
+INSTRUCTION_SETS = (  # as torch.cpu.get_capabilities names them: x86, then ARM
+    *("avx2", "fma3", "avx512_f", "avx512_bw", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni"),
+    *("amx_tile", "amx_int8", "amx_bf16", "neon", "dot", "i8mm", "bf16", "sve", "sve2", "sme"),
 )
+BACKENDS: dict[str, Callable[[], str | None]] = {  # what multiplies: None if it is on, or why it is off
+    "reference (pure PyTorch)": lambda: None,
+}
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder or Hub id")
     parser.add_argument("--gguf_file", help="a GGUF file inside the model folder")
     parser.add_argument("--tokenizer", help="tokenizer, if it does not lie with the model")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    parser.add_argument("--dtype", default="auto", choices=dtypes, help="default: as in the checkpoint")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command and its subcommands."""
-    parser = argparse.ArgumentParser(prog="fairy2i", description="Language models in one to four bits per weight.")
+    parser = argparse.ArgumentParser(
+        prog="fairy2i",
+        description="Language models in one to four bits per weight. `fairy2i COMMAND --help` tells more of a command.",
+        epilog="With FAIRY2I_DEBUG=1 in the environment an error shows where it comes from.",
+    )
     parser.add_argument("--version", action="version", version=f"fairy2i {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    for name, (_, text) in FORWARDED.items():
+        commands.add_parser(name, help=text, add_help=False)
 
     quantize = commands.add_parser(
         "quantize",
@@ -69,24 +88,42 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.set_defaults(run=run_quantize)
 
     inspect = commands.add_parser(
-        "inspect", help="show what is in a quantized checkpoint", description="Show method, bits and codes by layer."
+        "inspect",
+        help="show what is in a quantized checkpoint",
+        description="Show method, bits, use of the codes and error of each layer. The error ||w - q|| / ||w|| is\n"
+        "measured against the weights of --original; without it, against the master weights of a QAT\n"
+        "checkpoint. A packed checkpoint has no master weights: its error is known only beside an original.",
+        epilog="examples:\n"
+        "  fairy2i inspect outputs/my-w2                                     # what quantization leaves out\n"
+        "  fairy2i inspect my-w2-packed --original MODEL --plot my-w2.png    # what training changed as well\n"
+        "  fairy2i inspect my-w2-packed --json | jq .bits_per_weight",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_model(inspect)
     inspect.add_argument("--original", help="unquantized model to measure the error of each layer against")
     inspect.add_argument("--original_gguf_file", help="a GGUF file inside the folder of the original")
-    inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    inspect.add_argument("--json", action="store_true", help="print JSON, with the totals, instead of a table")
+    inspect.add_argument("--plot", metavar="FILE", help="draw a picture: phases, errors, codes (.png, .pdf, .svg)")
     inspect.set_defaults(run=run_inspect)
 
     generate = commands.add_parser(
-        "generate", help="continue a prompt", description="Continue a prompt, printed as it is made."
+        "generate",
+        help="continue a prompt",
+        description="Continue a prompt with any model, packed, QAT or plain, printed as it is made.",
+        epilog="examples:\n"
+        '  fairy2i generate my-w2-packed "Once upon a time"\n'
+        '  fairy2i generate my-w2-packed --chat "What is a complex number?" --temperature 0.7\n'
+        "  cat story.txt | fairy2i generate my-w2-packed - --max_new_tokens 32 --dtype float32",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_model(generate)
     generate.add_argument("prompt", help="text to continue; - reads it from standard input")
-    generate.add_argument("--max_new_tokens", type=int, default=128)
+    generate.add_argument("--chat", action="store_true", help="let the chat template of the model frame the prompt")
+    generate.add_argument("--max_new_tokens", type=int, default=128, help="tokens at most (default %(default)s)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    generate.add_argument("--top_p", type=float, default=0.95)
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    generate.add_argument("--top_p", type=float, default=0.95, help="with a temperature (default %(default)s)")
+    generate.add_argument("--seed", type=int, default=0, help="with a temperature (default %(default)s)")
+    generate.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
     generate.set_defaults(run=run_generate)
 
     doctor = commands.add_parser("doctor", help="show versions, hardware and backends")
@@ -135,76 +172,145 @@ def _quantize_in_memory(args: argparse.Namespace, method: Method | None) -> Conv
     return report
 
 
+def run_train(argv: Sequence[str]) -> None:
+    """Train as train/train.py does."""
+    from .training.command import main  # not at the top: the Trainer takes seconds to import
+
+    logging.getLogger(__package__).setLevel(logging.INFO)
+    main(argv)
+
+
+def run_eval(argv: Sequence[str]) -> None:
+    """Measure perplexity as eval/eval_ppl.py does."""
+    from .evaluation.command import main
+
+    print(main(argv))
+
+
+# Commands that read their own arguments: what they can be told is written where they are
+FORWARDED: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "train": (run_train, "train a model with quantization, as train/train.py"),
+    "eval": (run_eval, "measure perplexity, as eval/eval_ppl.py"),
+}
+
+
 def run_inspect(args: argparse.Namespace) -> None:
     """Print what is in a checkpoint."""
+    if args.plot:
+        check_plot_file(args.plot)
     model, _ = _load(args)
     original = None
     if args.original:
         original, _ = load_model_and_tokenizer(args.original, gguf_file=args.original_gguf_file)
-    layers = inspect_layers(model, original)
+    histograms = WeightHistograms()
+    layers = inspect_layers(model, original, look=histograms.add if args.plot else None, progress=True)
     if not layers:
         raise ValueError(f"{args.model} has no quantized layers")
-    weights = sum(layer.numel for layer in layers)
-    bits = model_bits_per_weight(model)
+    if args.plot:
+        os.makedirs(os.path.dirname(args.plot) or ".", exist_ok=True)
+        draw(layers, histograms, os.path.basename(args.model.rstrip("/"))).savefig(args.plot)
     tensors = [*model.parameters(), *model.buffers()]
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    summary = {"layers": len(layers), "weights": weights, "bits_per_weight": bits, "bytes_in_memory": total}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    total = {"model": args.model, **summarize(layers), "bytes_in_memory": size}
     if args.json:
-        print(json.dumps({**summary, "per_layer": [layer.to_dict() for layer in layers]}, indent=1))
-        return
+        print(json.dumps({**total, "per_layer": [layer.to_dict() for layer in layers]}, indent=1))
+    else:
+        print(_layer_table(layers, total))
+
+
+def _layer_table(layers: Sequence[LayerInfo], total: dict[str, Any]) -> str:
+    """Return the table of the layers, and under it a line with the totals."""
     rows = []
     for layer in layers:
         use = " ".join(f"{share:.0%}" for share in layer.code_use)
         shape = "x".join(map(str, layer.shape))
         error = "-" if layer.error is None else f"{layer.error:.4f}"
         rows.append([layer.name, layer.method, shape, f"{layer.bits_per_weight:.4f}", use, error])
-    print(markdown_table(["layer", "method", "shape", "bits", "use of the codes", "error"], rows))
-    print(f"\n{len(layers)} layers, {weights:,} weights at {bits:.4f} bits; {total / 1e6:,.1f} MB in memory in all")
+    table = markdown_table(["layer", "method", "shape", "bits", "use of the codes", "error"], rows)
+    error = ""
+    if total["error"] is not None:
+        error = f"; error of all {total['error']:.4f} against the {total['error_against']}"
+    weights = f"{total['weights']:,} weights at {total['bits_per_weight']:.4f} bits"
+    size = f"{total['bytes_in_memory'] / 1e6:,.1f} MB in memory in all"
+    return f"{table}\n\n{len(layers)} layers, {weights}{error}; {size}"
 
 
 def run_generate(args: argparse.Namespace) -> None:
     """Continue a prompt and print the text as it comes."""
-    model, tokenizer = _load(args)
-    model.to(args.device).eval()
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        raise ValueError("--temperature must not be negative, --top_p above 0 and at most 1")
+    loaded, anything = _load(args)
+    model: Any = loaded.eval()
+    tokenizer: Any = anything
+    try:
+        model.to(args.device)
+    except (RuntimeError, AssertionError) as error:  # no such device, not in this build, or too little memory
+        raise ValueError(f"the model cannot go to {args.device}: {error}") from None
     set_seed(args.seed)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    inputs = tokenizer(prompt, return_tensors="pt").to(args.device)  # type: ignore[operator]
+    if not args.chat:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    elif tokenizer.chat_template:
+        turn = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        raise ValueError(f"{args.model} has no chat template; leave out --chat")
     if not inputs["input_ids"].numel():
         raise ValueError("the prompt is empty")
     sampling = {"do_sample": False}
     if args.temperature > 0:
         sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
-    streamer = TextStreamer(tokenizer)  # type: ignore[arg-type]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id  # type: ignore[attr-defined]
-    model.generate(**inputs, max_new_tokens=args.max_new_tokens, streamer=streamer, pad_token_id=pad, **sampling)  # type: ignore[operator]
+    streamer = TextStreamer(tokenizer, skip_prompt=args.chat, skip_special_tokens=True)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    settings = {"max_new_tokens": args.max_new_tokens, "pad_token_id": pad, **sampling}
+    model.generate(**inputs.to(args.device), streamer=streamer, **settings)
 
 
 def run_doctor(args: argparse.Namespace) -> None:
     """Print versions, hardware and backends."""
     print(f"fairy2i {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    for package in PACKAGES:
+    for package, use in PACKAGES.items():
         try:
             print(f"  {package:16} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
-            print(f"  {package:16} not installed")
-    print(
-        f"CPU      {os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    )
+            print(f"  {package:16} not installed" + (f" ({use})" if use else ""))
+    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # younger than the oldest PyTorch we take
+    print(f"CPU      {found.get('cpu_name', platform.processor())}, {os.cpu_count()} cores, ", end="")
+    print(f"{torch.get_num_threads()} threads, PyTorch uses {torch.backends.cpu.get_cpu_capability()}")
+    print("         " + (" ".join(name for name in INSTRUCTION_SETS if found.get(name)) or "instruction sets unknown"))
+    built = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
+    print(f"PyTorch  built for {', '.join(f'{name} {version}' for name, version in built.items() if version) or 'CPU'}")
     for index in range(torch.cuda.device_count()):
-        print(f"GPU {index}    {torch.cuda.get_device_name(index)}")
+        device = torch.cuda.get_device_properties(index)
+        kind = f"compute capability {device.major}.{device.minor}"
+        print(f"GPU {index}    {device.name}, {device.total_memory / 2**30:.0f} GiB, {kind}")
     if not torch.cuda.is_available():
         print("GPU      none that PyTorch can use")
-    print("Backends reference (pure PyTorch): on. It is the only one in this version.")
+    for name, why_off in BACKENDS.items():
+        print(f"Backend  {name}: {f'off, {reason}' if (reason := why_off()) else 'on'}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0, 1 after an error, 2 for a wrong command line, 130 after ctrl-C."""
-    args = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    argv = sys.argv[1:] if argv is None else argv
+    command = argv[0] if argv else ""
+    times = "%(asctime)s " if command == "train" else ""
+    logging.basicConfig(level=logging.WARNING, format=f"{times}%(message)s", datefmt="%H:%M:%S")
     set_verbosity_warning()
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     try:
-        args.run(args)
-    except (ValueError, OSError) as error:
+        if command in FORWARDED:
+            FORWARDED[command][0](argv[1:])
+        else:
+            args = build_parser().parse_args(argv)
+            args.run(args)
+    except BrokenPipeError:  # the reader, as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("FAIRY2I_DEBUG"):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

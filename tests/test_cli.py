@@ -1,14 +1,20 @@
 """The fairy2i command on a tiny model with a tokenizer."""
 
+import io
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from tiny_text import save_tiny_model
-from transformers import AutoModelForCausalLM
+from tiny_text import save_tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from fairy2i import PackedLinear, QATLinear, __version__, replace_modules_for_qat
+from fairy2i import PackedLinear, QATLinear, __version__, cli, convert_to_inference_mode, replace_modules_for_qat
 from fairy2i.cli import main
+from fairy2i.loading import load_model_and_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +30,13 @@ def qat(plain, tmp_path_factory):
     replace_modules_for_qat(model, "complex_phase_v2")
     model.save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def packed(qat, tmp_path_factory):
+    path = str(shutil.copytree(qat, tmp_path_factory.mktemp("packed") / "model"))
+    convert_to_inference_mode(AutoModelForCausalLM.from_pretrained(qat)).save_pretrained(path)
+    return path
 
 
 def logits(path):
@@ -88,6 +101,34 @@ def test_inspect_json_agrees_with_the_table(plain, qat, capsys):
         row = next(line for line in table.splitlines() if f" {layer['name']} " in line)
         assert f"{layer['error']:.4f}" in row
         assert f"{layer['bits_per_weight']:.4f}" in row
+    last = table.splitlines()[-1]
+    assert f"{told['weights']:,} weights at {told['bits_per_weight']:.4f} bits" in last
+    assert f"error of all {told['error']:.4f} against the original" in last
+    assert f"{told['bytes_in_memory'] / 1e6:.1f} MB" in last
+
+
+def test_inspect_knows_the_error_of_a_qat_checkpoint_but_not_of_a_packed_one(qat, packed, capsys):
+    assert main(["inspect", qat]) == 0
+    assert "against the master weight" in capsys.readouterr().out
+    assert main(["inspect", packed, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["error"], {layer["error"] for layer in told["per_layer"]}) == (None, {None})
+
+
+def test_inspect_draws_a_picture_beside_its_output(qat, tmp_path, capsys):
+    picture = tmp_path / "new" / "picture.png"
+    assert main(["inspect", qat, "--json", "--plot", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert json.loads(capsys.readouterr().out)["model"] == qat
+
+
+def test_inspect_refuses_a_picture_before_it_loads_a_model(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_load", lambda args: pytest.fail("loaded first"))
+    assert main(["inspect", "model", "--plot", "picture.txt"]) == 1
+    assert "cannot draw picture.txt" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    assert main(["inspect", "model", "--plot", "picture.png"]) == 1
+    assert capsys.readouterr().err == "error: pictures need matplotlib: pip install 'fairy2i[plot]'\n"
 
 
 def test_inspect_needs_quantized_layers(plain, capsys):
@@ -95,25 +136,115 @@ def test_inspect_needs_quantized_layers(plain, capsys):
     assert "no quantized layers" in capsys.readouterr().err
 
 
-def test_generate_streams_what_the_model_would_generate(qat, capsys):
-    assert main(["generate", qat, "the quick brown", "--max_new_tokens", "8", "--device", "cpu"]) == 0
-    first = capsys.readouterr().out
-    assert first.startswith("<s>the quick brown")
-    sample = ["generate", qat, "the quick brown", "--max_new_tokens", "8", "--temperature", "1", "--device", "cpu"]
-    assert main([*sample, "--seed", "1"]) == main([*sample, "--seed", "1"]) == main([*sample, "--seed", "2"]) == 0
-    text = capsys.readouterr().out
-    one, same, other = ["<s>" + part for part in text.split("<s>")[1:]]
-    assert one == same != other
+def generated(path, ids):
+    """Return the text of the eight likeliest tokens that follow."""
+    model, tokenizer = load_model_and_tokenizer(path, dtype="auto")
+    out = model.generate(ids, max_new_tokens=8, do_sample=False)[0]
+    return tokenizer.decode(out[ids.shape[1] :], skip_special_tokens=True)
 
 
-def test_doctor_shows_versions(capsys):
+EIGHT = ["--max_new_tokens", "8", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("kind", ["qat", "packed"])
+def test_generate_prints_the_prompt_and_what_the_model_generates(kind, request, capsys):
+    path = request.getfixturevalue(kind)
+    ids = tiny_tokenizer()("the quick brown", return_tensors="pt").input_ids
+    assert main(["generate", path, "the quick brown", *EIGHT]) == 0
+    assert capsys.readouterr().out == f"the quick brown{generated(path, ids)}\n"
+
+
+def test_generate_reads_standard_input_and_samples_by_seed(qat, monkeypatch, capsys):
+    def sample(seed):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("the quick brown"))
+        assert main(["generate", qat, "-", *EIGHT, "--temperature", "1", "--seed", seed]) == 0
+        return capsys.readouterr().out
+
+    first = sample("1")
+    assert first.startswith("the quick brown")
+    assert first == sample("1") != sample("2")
+
+
+def test_generate_prints_while_it_generates(qat, monkeypatch, capsys):
+    seen = []
+    forward = LlamaForCausalLM.forward
+
+    def spy(self, *args, **kwargs):
+        seen.append(capsys.readouterr().out)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", spy)
+    assert main(["generate", qat, "the quick brown fox", *EIGHT]) == 0
+    assert "the quick brown" in "".join(seen[:2])
+
+
+def test_chat_frames_the_prompt_and_prints_the_answer_alone(qat, tmp_path, capsys):
+    path = str(shutil.copytree(qat, tmp_path / "chat"))
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = "<s>fox{{ messages[0]['content'] }}{% if add_generation_prompt %}dog{% endif %}"
+    tokenizer.save_pretrained(path)
+    ids = tokenizer("fox sing dog", return_tensors="pt").input_ids
+    assert main(["generate", path, " sing ", "--chat", *EIGHT]) == 0
+    assert capsys.readouterr().out == generated(path, ids) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--chat"], "has no chat template"),
+        (["--device", "nowhere"], "cannot go to nowhere"),
+        (["--top_p", "7"], "--top_p"),
+        (["--temperature", "-1"], "--temperature"),
+        (["--max_new_tokens", "0"], "max_new_tokens"),
+    ],
+)
+def test_generate_says_what_is_wrong(qat, capsys, argv, message):
+    assert main(["generate", qat, "the", *EIGHT, *argv]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_doctor_shows_versions_and_what_is_missing(monkeypatch, capsys):
+    monkeypatch.setitem(cli.PACKAGES, "not-a-package", "nothing at all")
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert f"fairy2i {__version__}" in out
     assert torch.__version__ in out
+    assert "not installed (nothing at all)" in out
 
 
-@pytest.mark.parametrize("wrong", [[], ["pack"], ["generate"]])
+def test_doctor_shows_instruction_sets_and_why_a_backend_is_off(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_int8": True, "avx2": False}, raising=False)
+    monkeypatch.setitem(cli.BACKENDS, "quick", lambda: "too slow")
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "amx_int8" in out and "avx2" not in out
+    assert "quick: off, too slow" in out and "PyTorch): on" in out
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert main(["doctor"]) == 0
+    assert "instruction sets unknown" in capsys.readouterr().out
+
+
+def test_help_and_doctor_import_neither_trainer_nor_matplotlib():
+    code = (
+        "import sys; from fairy2i.cli import build_parser, main; build_parser().format_help(); main(['doctor']);"
+        "sys.exit(str([m for m in ('fairy2i.training.trainer', 'transformers.trainer', 'matplotlib', 'lm_eval')"
+        " if m in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(monkeypatch, capfd):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        pipe.reconfigure(line_buffering=True)
+        assert main(["doctor"]) == 1
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("wrong", [[], ["pack"], ["generate"], ["eval"], ["train", "--max_steps", "many"]])
 def test_a_wrong_command_line_exits_with_2(wrong):
     with pytest.raises(SystemExit) as exit:
         main(wrong)

@@ -1,6 +1,5 @@
-"""The scripts, as a user starts them: settings from YAML and flags, results in files, errors in one line."""
+"""`fairy2i train` and `fairy2i eval`, and their scripts: settings from YAML and flags, results in files, errors."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -14,21 +13,14 @@ from tiny_text import save_tiny_model, tiny_text
 from transformers import AutoModelForCausalLM
 
 from fairy2i import METHODS, QATLinear
+from fairy2i.cli import main
+from fairy2i.evaluation import command as eval_command
 from fairy2i.evaluation.perplexity import perplexity, tokenize_text
 from fairy2i.loading import load_model_and_tokenizer
+from fairy2i.training import command as train_command
 
 ROOT = Path(__file__).resolve().parents[1]
 V2 = "complex_phase_v2"
-
-
-def script(path):
-    spec = importlib.util.spec_from_file_location(Path(path).stem + "_script", ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-train, eval_ppl = script("train/train.py"), script("eval/eval_ppl.py")
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +47,16 @@ def write_yaml(path, values):
 
 
 def parsed(monkeypatch, argv):
-    """Return the two argument objects that the training script would run with."""
+    """Return the two argument objects that training would run with."""
     calls = []
-    monkeypatch.setattr(train, "run_training", lambda *args: calls.append(args))
-    train.main(argv)
+    monkeypatch.setattr(train_command, "run_training", lambda *args: calls.append(args))
+    assert main(["train", *argv]) == 0
     return calls[0]
 
 
-def error_of(call, *args):
-    with pytest.raises(SystemExit) as caught:
-        call(*args)
-    return str(caught.value.code)
+def error_of(capsys, *argv):
+    assert main(argv) == 1
+    return capsys.readouterr().err.rstrip("\n")
 
 
 # Settings
@@ -118,8 +109,8 @@ def test_the_shipped_configs_are_accepted_as_they_are_written(monkeypatch, confi
         ("config", "unknown setting 'config'."),
     ],
 )
-def test_an_unknown_setting_is_refused_with_a_suggestion(tmp_path, name, message):
-    error = error_of(train.main, ["--config", write_yaml(tmp_path / "c.yaml", {name: 1})])
+def test_an_unknown_setting_is_refused_with_a_suggestion(tmp_path, capsys, name, message):
+    error = error_of(capsys, "train", "--config", write_yaml(tmp_path / "c.yaml", {name: 1}))
     assert error.startswith("error: ")
     assert message in error
 
@@ -134,15 +125,37 @@ def test_an_unknown_setting_is_refused_with_a_suggestion(tmp_path, name, message
         (["--model", "./no", "--data", "x", "--quant_method", "bitnett"], "Did you mean 'bitnet'"),
     ],
 )
-def test_a_wrong_argument_is_an_error_of_one_line(argv, message):
-    error = error_of(train.main, [*argv, "--use_cpu"])
+def test_a_wrong_argument_is_an_error_of_one_line(capsys, argv, message):
+    error = error_of(capsys, "train", *argv, "--use_cpu")
     assert error.startswith("error: ")
     assert message in error
     assert "\n" not in error
 
 
-def test_a_config_that_is_no_mapping_is_refused(tmp_path):
-    assert "must be a mapping" in error_of(train.main, ["--config", write_yaml(tmp_path / "c.yaml", ["model"])])
+def test_a_config_that_is_no_mapping_is_refused(tmp_path, capsys):
+    assert "must be a mapping" in error_of(capsys, "train", "--config", write_yaml(tmp_path / "c.yaml", ["model"]))
+
+
+def test_an_error_shows_its_origin_where_the_environment_asks_for_it(monkeypatch):
+    monkeypatch.setenv("FAIRY2I_DEBUG", "1")
+    with pytest.raises(ValueError, match="--model is missing"):
+        main(["train", "--use_cpu"])
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("train", ["--quant_method", "--learning_rate", "--config", "accelerate launch train/train.py"]),
+        ("eval", ["--quant_method", "--window", "--output"]),
+    ],
+)
+def test_the_help_is_that_of_what_the_command_runs(capsys, command, flags):
+    with pytest.raises(SystemExit) as exit:
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    assert exit.value.code == 0
+    assert out.startswith(f"usage: fairy2i {command} ")
+    assert [flag for flag in flags if flag not in out] == []
 
 
 # Train, then measure
@@ -151,12 +164,13 @@ def test_a_config_that_is_no_mapping_is_refused(tmp_path):
 def test_what_the_training_script_writes_the_perplexity_script_measures(folder, tmp_path, capsys):
     out, results = tmp_path / "out", tmp_path / "new" / "results.json"
     config = write_yaml(tmp_path / "c.yaml", settings(folder, out, max_steps=5, quant_method=V2))
-    train.main(["--config", config, "--max_steps", "2"])
+    assert main(["train", "--config", config, "--max_steps", "2"]) == 0
     assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 2
 
     text = str(folder / "text.txt")
     argv = ["--model", str(out), "--data", text, "--window", "32", "--max_windows", "5", "--device", "cpu"]
-    eval_ppl.main(eval_ppl.parse_args([*argv, "--batch_size", "2", "--output", str(results)]))
+    capsys.readouterr()
+    assert main(["eval", *argv, "--batch_size", "2", "--output", str(results)]) == 0
     (result,) = json.loads(results.read_text())["results"]
     model, tokenizer = load_model_and_tokenizer(str(out))
     expected = perplexity(model, tokenize_text(Path(text).read_text(), tokenizer), 32, max_windows=5, batch_size=2)
@@ -169,7 +183,7 @@ def test_what_the_training_script_writes_the_perplexity_script_measures(folder, 
 def test_methods_are_measured_one_by_one_on_the_untouched_model(folder, tmp_path, capsys):
     results = tmp_path / "results.json"
     argv = ["--model", str(folder / "model"), "--data", str(folder / "text.txt"), "--window", "64", "--device", "cpu"]
-    eval_ppl.main(eval_ppl.parse_args([*argv, "--quant_method", V2, "none", "bitnet", "--output", str(results)]))
+    assert main(["eval", *argv, "--quant_method", V2, "none", "bitnet", "--output", str(results)]) == 0
     rows = json.loads(results.read_text())["results"]
     assert [row["method"] for row in rows] == [V2, "none", "bitnet"]
     assert len({row["perplexity"] for row in rows}) == 3
@@ -181,11 +195,10 @@ def test_methods_are_measured_one_by_one_on_the_untouched_model(folder, tmp_path
     assert capsys.readouterr().out.count("\n") == 2 + 3
 
 
-def test_an_unknown_method_is_refused_before_anything_is_measured(folder, monkeypatch):
-    monkeypatch.setattr(eval_ppl, "load_model_and_tokenizer", lambda *args, **kwargs: pytest.fail("loaded first"))
+def test_an_unknown_method_is_refused_before_anything_is_measured(folder, capsys, monkeypatch):
+    monkeypatch.setattr(eval_command, "load_model_and_tokenizer", lambda *args, **kwargs: pytest.fail("loaded first"))
     argv = ["--model", "x", "--data", str(folder / "text.txt"), "--quant_method", "none", "bitnett"]
-    with pytest.raises(ValueError, match=r"Did you mean 'bitnet'"):
-        eval_ppl.main(eval_ppl.parse_args(argv))
+    assert "Did you mean 'bitnet'" in error_of(capsys, "eval", *argv)
 
 
 # In processes of their own
