@@ -32,6 +32,8 @@ from .loss import distillation_loss
 
 logger = logging.getLogger(__name__)
 
+SHARDED_LAUNCH = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # "true" where accelerate launched it so
+
 
 @dataclass
 class QATArguments:
@@ -257,6 +259,9 @@ def run_training(qat: QATArguments, args: QATTrainingArguments) -> dict[str, flo
         if any(isinstance(module, QATLinear) for module in model.modules()):
             raise ValueError("--distill needs an unquantized --model as the teacher; this one is a QAT checkpoint")
         teacher = copy.deepcopy(model)
+    sharded = args.fsdp or args.deepspeed or any(os.environ.get(name) == "true" for name in SHARDED_LAUNCH)
+    if not sharded:  # else it may not fit on one device
+        model.to(args.device)  # learned scales are fitted where that is fast
     if method is not None:
         logger.info("%s", replace_modules_for_qat(model, method, qat.skip_lm_head, qat.skip_modules))
     freeze_parameters(model, qat.freeze)
