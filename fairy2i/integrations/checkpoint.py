@@ -2,7 +2,7 @@
 
 transformers itself names no file that is truncated, logs a wrong shape or a tensor without a place, casts a wrong
 dtype, and fills what is missing with random numbers. Here each of these is an error, for the tensors of quantized
-layers. Only headers are read, and the scales.
+layers. Read are the headers, the scales, and where the header has checksums (of a packed checkpoint), all bytes once.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
+from ..checksums import verify_checksums
 from ..convert import linear_layers
 from ..packed import PackedLinear
 from ..qat import QATLinear
@@ -35,7 +36,7 @@ def read_headers(model: Any, files: Iterable[str]) -> dict[str, StoredTensor]:
     """Return what the safetensors files among ``files`` hold, by the names that the model's class has for it.
 
     Raises:
-        ValueError: a file is truncated or damaged (names it).
+        ValueError: a file is truncated, or a tensor does not have its checksum (names file and tensor).
     """
     renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
     stored = {}
@@ -43,6 +44,7 @@ def read_headers(model: Any, files: Iterable[str]) -> dict[str, StoredTensor]:
         if file.endswith(".safetensors"):
             try:
                 with safe_open(file, "pt") as opened:
+                    verify_checksums(opened, file)
                     for key in opened.keys():
                         header = opened.get_slice(key)
                         name = rename_source_key(key, renamings, [])[0]

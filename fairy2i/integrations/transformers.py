@@ -13,24 +13,29 @@ With "mode": "packed" they are ``codes`` and ``scales``, see docs/format.md.
 
 import itertools
 import os
+import re
 import types
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..checksums import checksum_metadata
 from ..convert import ConversionReport, convert_to_inference_mode, replace_modules_for_qat
 from ..packed import PackedLinear
 from ..qat import QATLinear
+from ..saving import atomic_files
 from ..schemes import Scheme, resolve_method, scheme_from_dict
 from .checkpoint import check_loaded, check_stored, fit_to_model, quantized_layers, read_headers
 from .remote_code import add_auto_map, has_auto_map, remove_auto_map, write_shim
 
 FORMAT_VERSION = 1
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 MODES = ("qat", "packed")
 
 
@@ -175,11 +180,17 @@ class Fairy2iQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(
         self, model: Any, *_: Any, **__: Any
     ) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
-        """Write the shim while save_pretrained runs, which is late enough for it to count among the files to upload."""
+        """Write the shim while save_pretrained runs, which is late enough for it to count among the files to upload.
+
+        The metadata of a packed checkpoint are the checksums of its tensors, under the names that they are saved by.
+        """
         folder, state_dict = self.saving
         if folder is not None and has_auto_map(model.config):
             write_shim(folder)
-        return state_dict, {}
+        if self.is_qat_trainable:
+            return state_dict, {}
+        tensors = state_dict if state_dict is not None else model.state_dict()
+        return state_dict, checksum_metadata(revert_weight_conversion(model, tensors))
 
     @property
     def is_trainable(self) -> bool:
@@ -243,19 +254,28 @@ def save_pretrained(
     save_directory: str | os.PathLike[str],
     is_main_process: bool = True,
     state_dict: dict[str, Tensor] | None = None,
+    push_to_hub: bool = False,
     **kwargs: Any,
 ) -> None:
-    """Stand in for the method of a converted model: do what that does, and put the shim beside the weights.
+    """Stand in for the method of a converted model: do what that does, add the shim, and let no half file be seen.
 
     transformers asks the quantizer for the state dict while it saves, but does not say where to, and drops the state
     dict that it was given (FSDP passes the gathered one). Both go to the quantizer from here.
     """
     quantizer = getattr(model, "hf_quantizer", None)
-    adapter_alone = getattr(model, "_hf_peft_config_loaded", False)
-    if isinstance(quantizer, Fairy2iQuantizer):
-        quantizer.saving = (save_directory if is_main_process and not adapter_alone else None, state_dict)
+    if not is_main_process or not isinstance(quantizer, Fairy2iQuantizer):
+        type(model).save_pretrained(model, save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+        return
+    if push_to_hub:  # files go up from the temporary folder, whose name is not the repository's
+        kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
     try:
-        type(model).save_pretrained(model, save_directory, is_main_process, state_dict, **kwargs)
+        with atomic_files(save_directory) as folder:
+            quantizer.saving = (None if getattr(model, "_hf_peft_config_loaded", False) else folder, state_dict)
+            type(model).save_pretrained(model, folder, True, state_dict, push_to_hub, **kwargs)
+            written = os.listdir(folder)
     finally:
-        if isinstance(quantizer, Fairy2iQuantizer):
-            quantizer.saving = (None, None)
+        quantizer.saving = (None, None)
+    if any(map(_WEIGHTS.fullmatch, written)):  # as transformers: what an earlier save wrote in other parts is not kept
+        for name in os.listdir(save_directory):
+            if _WEIGHTS.fullmatch(name) and name not in written:
+                os.remove(os.path.join(save_directory, name))

@@ -6,8 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fairy2i
 from fake_hub import fake_hub
+
+import fairy2i
 
 TESTS = str(Path(__file__).resolve().parents[1])
 ROOT = str(Path(fairy2i.__file__).resolve().parents[1])
