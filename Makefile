@@ -1,12 +1,13 @@
 # make demo    set up, then run the main job on the embedded model and text   (ARGS="--model PATH_OR_ID --data PATH")
 # make test    set up, then run the tests that need no GPU and no minutes
 # make lint    ruff and mypy          make test-slow    the long tests as well          make clean
+# make notebook    run examples/quickstart.ipynb anew and keep its outputs
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow lint format notebook clean
 
 demo: $(READY)
 	$(BIN)/python -W ignore examples/demo.py $(ARGS)
@@ -25,6 +26,12 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+notebook: NOTEBOOK = examples/quickstart.ipynb
+notebook: $(READY)
+	$(BIN)/python -c "import nbclient, nbformat; book = nbformat.read('$(NOTEBOOK)', 4); nbclient.execute(book, \
+	    cwd='examples', record_timing=False, coalesce_streams=True); \
+	    nbformat.write(book, '$(NOTEBOOK)')"
 
 # torch first and by itself: where a CPU build of the pinned version is at hand, nothing later replaces it
 $(READY): pyproject.toml constraints.txt
