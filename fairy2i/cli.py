@@ -34,7 +34,7 @@ PACKAGES = {  # name: what an optional one is for
     "safetensors": "",
     "huggingface_hub": "",
     "triton": "torch.compile on a GPU",
-    "peft": "adapters",
+    "peft": "adapters: pip install 'fairy2i[lora]'",
     "lm_eval": "tasks: pip install 'fairy2i[eval]'",
     "gguf": "GGUF files: pip install 'fairy2i[gguf]'",
     "matplotlib": "inspect --plot: pip install 'fairy2i[plot]'",

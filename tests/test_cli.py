@@ -3,9 +3,11 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,6 +212,13 @@ def test_doctor_shows_versions_and_what_is_missing(monkeypatch, capsys):
     assert f"fairy2i {__version__}" in out
     assert torch.__version__ in out
     assert "not installed (nothing at all)" in out
+
+
+def test_what_the_doctor_says_to_install_is_an_extra_of_the_package():
+    project = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    extras = set(re.findall(r"fairy2i\[(\w+)\]", " ".join(cli.PACKAGES.values())))
+    assert len(extras) > 1
+    assert [extra for extra in extras if f"\n{extra} = [" not in project] == []
 
 
 def test_doctor_shows_instruction_sets_and_why_a_backend_is_off(monkeypatch, capsys):
