@@ -1,9 +1,10 @@
-"""Write a folder whole or not at all: what bears the final name is complete, whatever stopped the run before.
+"""Write files whole or not at all: what bears the final name is complete, whatever stopped the run before.
 
-All is written to a hidden folder beside the target, `.NAME.partial-*`, on the same file system. Only when every file of
-it has reached the disk is it renamed, in one step. An error or ctrl-C removes it. A run that is killed leaves it
-behind; the next run with that target removes it, and knows it from one that is still being written by its lock, which
-the system lets go of when a process ends in any way.
+A new folder (`atomic_folder`) is written to a hidden folder beside the target, `.NAME.partial-*`, on the same file
+system. Only when every file of it has reached the disk is it renamed, in one step. An error or ctrl-C removes it. A run
+that is killed leaves it behind; the next run with that target removes it, and knows it from one that is still being
+written by its lock, which the system lets go of when a process ends in any way. Files of a folder that may have files
+already (`atomic_files`) are written to a hidden folder in it and renamed one by one.
 """
 
 import errno
@@ -41,18 +42,51 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[str]:
     if os.path.ismount(path):
         raise FileExistsError(f"{path} is a mount point; choose a folder inside it")
     parent, name = os.path.split(path)
-    os.makedirs(parent, exist_ok=True)
-    _remove_leftovers(parent, f".{name}.partial-")
-    temporary = os.path.join(parent, f".{name}.partial-{uuid.uuid4().hex[:8]}")
-    os.mkdir(temporary)
-    lock = _lock(temporary)
-    try:
+    with _temporary_folder(parent, f".{name}.partial-", path) as temporary:
         yield temporary
         _sync_tree(temporary)
         if os.path.isdir(path):
             os.rmdir(path)  # raises if someone has put files there meanwhile
         os.rename(temporary, path)
         _sync(parent)
+
+
+@contextmanager
+def atomic_files(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Yield a temporary folder whose files move to ``path`` when the block ends, or are removed when it raises.
+
+    Each file appears complete, or stays what it was; files of other names stay. A run that is killed between two of the
+    last renames leaves some files new and some old.
+
+    Raises:
+        NotADirectoryError: ``path`` is a file.
+        OSError: the disk is full; names ``path``. Other errors of the block come through as they are.
+    """
+    path = os.path.realpath(os.path.expanduser(path))
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise NotADirectoryError(f"{path} is a file; choose another folder")
+    with _temporary_folder(path, ".partial-", path) as temporary:
+        yield temporary
+        _sync_tree(temporary)
+        for root, _, files in os.walk(temporary):
+            folder = os.path.join(path, os.path.relpath(root, temporary))
+            os.makedirs(folder, exist_ok=True)
+            for file in files:
+                os.replace(os.path.join(root, file), os.path.join(folder, file))
+        shutil.rmtree(temporary)
+        _sync(path)
+
+
+@contextmanager
+def _temporary_folder(parent: str, prefix: str, path: str) -> Iterator[str]:
+    """Yield a new, locked folder; an error of the block removes it. ``path`` is what errors name."""
+    os.makedirs(parent, exist_ok=True)
+    _remove_leftovers(parent, prefix)
+    temporary = os.path.join(parent, f"{prefix}{uuid.uuid4().hex[:8]}")
+    os.mkdir(temporary)
+    lock = _lock(temporary)
+    try:
+        yield temporary
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if (code := _system_error(error)) in _NO_ROOM:

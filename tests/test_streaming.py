@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, logits, tiny_model, token_batch
 from tiny_text import save_tiny_model, tiny_tokenizer
@@ -30,6 +31,7 @@ from fairy2i import (
     replace_modules_for_qat,
     streaming,
 )
+from fairy2i.checksums import crc32
 from fairy2i.streaming import NotStreamable, pack_checkpoint
 
 V2 = "complex_phase_v2"
@@ -73,6 +75,15 @@ def read(folder):
     return {key: tensor for part in tensors for key, tensor in part.items()}, names
 
 
+def checksums(folder):
+    """Return the checksums in the headers of all files of a checkpoint."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as opened:
+            found |= json.loads(opened.metadata()["crc32"])
+    return found
+
+
 def check_the_same(tmp_path, source, method=None, **kwargs):
     """Pack a checkpoint in both ways, compare all that was written, and load it; return its tensors."""
     report = pack_checkpoint(source, tmp_path / "streamed", method, **kwargs)
@@ -86,6 +97,8 @@ def check_the_same(tmp_path, source, method=None, **kwargs):
     if files == expected_files == [name for name in files if "-of-" not in name]:
         equal, different, failed = filecmp.cmpfiles(tmp_path / "streamed", tmp_path / "expected", files, shallow=False)
         assert (sorted(equal), different, failed) == (files, [], [])
+    sums = {key: crc32(tensor) for key, tensor in expected.items()}
+    assert checksums(tmp_path / "streamed") == checksums(tmp_path / "expected") == sums
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "streamed" / name).read_text()) == json.loads(
             (tmp_path / "expected" / name).read_text()
@@ -445,7 +458,8 @@ def test_a_disk_without_room_is_known_before_the_work_begins(tmp_path, monkeypat
     pack_checkpoint(source, tmp_path / "two", V2)
     disk["free"] -= 1
     monkeypatch.setattr(streaming, "_pack", None)
-    with pytest.raises(OSError, match=r"no room: the packed weights need 0\.00 GB, the disk has 0\.00 GB left"):
+    megabytes = f"{need / 1e6:,.1f} MB"
+    with pytest.raises(OSError, match=f"the packed weights need {megabytes}, the disk has {megabytes} left"):
         pack_checkpoint(source, tmp_path / "three", V2)
     assert sorted(os.listdir(tmp_path)) == ["one", "source", "two"]
 
@@ -464,6 +478,7 @@ MEASURE = """
 import json, sys
 import torch
 from safetensors.torch import load_file
+from fairy2i.checksums import crc32
 from fairy2i.streaming import pack_checkpoint
 
 def peak():  # of this process alone: ru_maxrss starts from that of the process that started it

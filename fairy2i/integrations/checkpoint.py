@@ -36,21 +36,26 @@ def read_headers(model: Any, files: Iterable[str]) -> dict[str, StoredTensor]:
     """Return what the safetensors files among ``files`` hold, by the names that the model's class has for it.
 
     Raises:
-        ValueError: a file is truncated, or a tensor does not have its checksum (names file and tensor).
+        ValueError: a file is truncated, a tensor does not have its checksum, or a checksum has no tensor (names both).
     """
     renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
     stored = {}
+    named: set[str] = set()
+    keys: set[str] = set()
     for file in map(str, files):
         if file.endswith(".safetensors"):
             try:
                 with safe_open(file, "pt") as opened:
-                    verify_checksums(opened, file)
+                    named |= verify_checksums(opened, file)
+                    keys.update(opened.keys())
                     for key in opened.keys():
                         header = opened.get_slice(key)
                         name = rename_source_key(key, renamings, [])[0]
                         stored[name] = StoredTensor(file, key, header.get_dtype(), tuple(header.get_shape()))
             except SafetensorError as error:
                 raise ValueError(f"{file} is truncated or damaged: {error}") from error
+    if lost := sorted(named - keys):
+        raise ValueError(f"{file}: the checkpoint has a checksum of {lost[0]}, but not the tensor; copy it again")
     return stored
 
 

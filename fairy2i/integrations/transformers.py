@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checksums import checksum_metadata
+from ..checksums import checksum_metadata, sort_metadata
 from ..convert import ConversionReport, convert_to_inference_mode, replace_modules_for_qat
 from ..packed import PackedLinear
 from ..qat import QATLinear
@@ -189,7 +190,9 @@ class Fairy2iQuantizer(HfQuantizer):
             write_shim(folder)
         if self.is_qat_trainable:
             return state_dict, {}
-        tensors = state_dict if state_dict is not None else model.state_dict()
+        tensors = remove_tied_weights_from_state_dict(
+            dict(model.state_dict() if state_dict is None else state_dict), model
+        )
         return state_dict, checksum_metadata(revert_weight_conversion(model, tensors))
 
     @property
@@ -273,6 +276,9 @@ def save_pretrained(
             quantizer.saving = (None if getattr(model, "_hf_peft_config_loaded", False) else folder, state_dict)
             type(model).save_pretrained(model, folder, True, state_dict, push_to_hub, **kwargs)
             written = os.listdir(folder)
+            for name in written:
+                if name.endswith(".safetensors"):
+                    sort_metadata(os.path.join(folder, name))
     finally:
         quantizer.saving = (None, None)
     if any(map(_WEIGHTS.fullmatch, written)):  # as transformers: what an earlier save wrote in other parts is not kept

@@ -153,14 +153,14 @@ class QATTrainer(Trainer):
         """Return the optimizer that the arguments ask for, with learned scales in a group of their own, undecayed."""
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        owner = model if model is not None else self.model
+        owner: Any = model if model is not None else self.model
         layers = [module for module in owner.modules() if isinstance(module, QATLinear)]
         scales = [layer.scales for layer in layers if layer.scales is not None and layer.scales.requires_grad]
         if fresh and scales:
             mine = set(map(id, scales))
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in mine]
-            rate = self.args.scale_learning_rate
+            rate = getattr(self.args, "scale_learning_rate", None)  # plain TrainingArguments do not have it
             rate = self.args.learning_rate / 4 if rate is None else rate
             optimizer.add_param_group({"params": scales, "lr": rate, "weight_decay": 0.0})
         return optimizer
