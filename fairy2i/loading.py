@@ -5,17 +5,18 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
 import torch
-from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetGenerationError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .convert import Method
 from .schemes import METHODS, Scheme, resolve_method, scheme_from_dict
 from .streaming import find_model
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ def _local_files(source: str) -> list[str]:
     return sorted(glob.glob(source)) or ([source] if os.path.isfile(source) else [])
 
 
-def read_documents(source: str, *, split: str = "train", text_column: str = "text") -> Dataset:
+def read_documents(source: str, *, split: str = "train", text_column: str = "text") -> "Dataset":
     """Read documents from local files or a Hub data set.
 
     Args:
@@ -123,7 +124,12 @@ def read_documents(source: str, *, split: str = "train", text_column: str = "tex
     Raises:
         FileNotFoundError: ``source`` looks like a path and is not there.
         ValueError: files of several kinds or that cannot be read, no such column, or no text at all.
+        ImportError: the package ``datasets`` is missing, which models alone do not need.
     """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"reading texts needs the package datasets ({error}): pip install datasets") from error
     files = _local_files(source)
     if files:
         kinds = {_TABLES.get(_suffix(path), "text") for path in files}
@@ -131,20 +137,20 @@ def read_documents(source: str, *, split: str = "train", text_column: str = "tex
             raise ValueError(f"{source} mixes {', '.join(sorted(kinds))} files; name those of one kind")
         kind = kinds.pop()
         if kind == "text":
-            documents = Dataset.from_list(list(_text_documents(files)))
+            documents = datasets.Dataset.from_list(list(_text_documents(files)))
             text_column = "text"
         else:
             try:
-                documents = load_dataset(kind, data_files=files, split="train")
+                documents = datasets.load_dataset(kind, data_files=files, split="train")
             except StopIteration:  # what datasets makes of files without a single row
                 raise ValueError(f"{source} has no text in it") from None
-            except DatasetGenerationError as error:
+            except datasets.exceptions.DatasetGenerationError as error:
                 raise ValueError(f"{source} cannot be read as {kind}: {error.__cause__}") from error
     elif _suffix(source) in (".txt", *_TABLES) or source.startswith((".", "/", "~")) or "*" in source:
         raise FileNotFoundError(f"there is no file or folder {source}")
     else:
         name, _, config = source.partition(":")
-        documents = load_dataset(name, config or None, split=split)
+        documents = datasets.load_dataset(name, config or None, split=split)
     if not len(documents):
         raise ValueError(f"{source} has no text in it")
     if text_column not in documents.column_names:

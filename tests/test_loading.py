@@ -113,7 +113,7 @@ def test_what_is_no_path_is_a_hub_data_set(monkeypatch, source, name, config):
         assert (*args, split) == (name, config, "validation")
         return Dataset.from_dict({"text": DOCUMENTS})
 
-    monkeypatch.setattr("fairy2i.loading.load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     assert texts(source, split="validation") == DOCUMENTS
 
 
