@@ -20,7 +20,7 @@ from .convert import ConversionReport, Method, convert_to_inference_mode, replac
 from .evaluation.table import markdown_table
 from .inspection import LayerInfo, inspect_layers, summarize
 from .loading import load_model_and_tokenizer, parse_method
-from .packed import PackedLinear
+from .packed import PackedLinear, keep_dense_weights
 from .plotting import WeightHistograms, check_plot_file, draw
 from .qat import QATLinear
 from .saving import atomic_folder
@@ -124,6 +124,13 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--top_p", type=float, default=0.95, help="with a temperature (default %(default)s)")
     generate.add_argument("--seed", type=int, default=0, help="with a temperature (default %(default)s)")
     generate.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+    generate.add_argument(
+        "--keep_dense",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep packed weights dequantized once they are used: the memory of an unquantized model, but many times "
+        "faster than --no-keep_dense, which rebuilds each weight for each token",
+    )
     generate.set_defaults(run=run_generate)
 
     doctor = commands.add_parser("doctor", help="show versions, hardware and backends")
@@ -246,6 +253,7 @@ def run_generate(args: argparse.Namespace) -> None:
         model.to(args.device)
     except (RuntimeError, AssertionError) as error:  # no such device, not in this build, or too little memory
         raise ValueError(f"the model cannot go to {args.device}: {error}") from None
+    keep_dense_weights(model, args.keep_dense)
     set_seed(args.seed)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not args.chat:

@@ -26,12 +26,12 @@ class _PackedMultiply(torch.autograd.Function):
         ctx.layer = layer
         ctx.dtype = x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return F.linear(x, layer.dense_weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return F.linear(x, layer.dense_weight_as(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x = grad @ ctx.layer.dense_weight().to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        grad_x = grad @ ctx.layer.dense_weight_as(ctx.dtype) if ctx.needs_input_grad[0] else None
         grad_bias = None
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
@@ -56,6 +56,8 @@ class PackedLinear(nn.Module):
 
     codes: Tensor
     scales: Tensor
+    keep_dense = False  # see keep_dense_weights
+    _kept: Tensor | None = None
 
     def __init__(
         self,
@@ -107,6 +109,14 @@ class PackedLinear(nn.Module):
         """Return the dense weight, float32 (out_features, in_features); made anew at each call."""
         return self.scheme.dequantize(*self.codes_and_scales())
 
+    def dense_weight_as(self, dtype: torch.dtype) -> Tensor:
+        """Return the dense weight in a dtype: anew at each call, or the one that is kept (keep_dense_weights)."""
+        if not self.keep_dense:
+            return self.dense_weight().to(dtype)
+        if self._kept is None or self._kept.dtype != dtype:
+            self._kept = self.dense_weight().to(dtype)
+        return self._kept
+
     @property
     def weight(self) -> Tensor:
         """The dense weight, for code that looks at a layer's (GPT-2's initialization does); writing into it is lost."""
@@ -134,4 +144,20 @@ class PackedLinear(nn.Module):
         exact = self.scales
         super()._apply(fn, recurse)
         self.scales = keep_float32(self.scales, exact)
+        self._kept = None
         return self
+
+
+def keep_dense_weights(model: nn.Module, keep: bool = True) -> nn.Module:
+    """Have the packed layers of a model keep their dense weight after the first call, or let it go: speed for memory.
+
+    Without it the reference rebuilds every weight in every call, which is most of the time of generating token by
+    token. The weights are kept in the dtype of the input; outputs do not change by a bit, nor does what is saved.
+
+    Returns:
+        The same model.
+    """
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.keep_dense, module._kept = keep, None
+    return model

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fairy2i import METHODS, PackedLinear, PhaseScheme, QATLinear, RealScheme
+from fairy2i.packed import keep_dense_weights
 
 SCHEMES = [
     *METHODS.values(),
@@ -249,3 +250,25 @@ def test_it_compiles_without_a_graph_break_and_gives_the_input_its_gradient():
     got, expected = compiled(x), packed(x)
     assert torch.equal(got, expected)
     assert torch.equal(*(torch.autograd.grad(y.sum(), x)[0] for y in (got, expected)))
+
+
+@EACH_SCHEME
+def test_kept_dense_weights_change_no_bit_and_are_not_saved(scheme):
+    model, x = nn.Sequential(packed_layer(scheme)), torch.randn(3, IN, requires_grad=True)
+    expected, state = model(x), model.state_dict()
+    expected_grad = torch.autograd.grad(expected.sum(), x)[0]
+    keep_dense_weights(model)
+    for _ in range(2):
+        assert torch.equal(model(x), expected)
+        assert torch.equal(torch.autograd.grad(model(x).sum(), x)[0], expected_grad)
+    assert model.state_dict().keys() == state.keys()
+    assert model[0].dense_weight_as(torch.float32) is model[0].dense_weight_as(torch.float32)
+    assert model[0].dense_weight_as(torch.bfloat16).dtype == torch.bfloat16
+    keep_dense_weights(model, False)
+    assert model[0].dense_weight_as(torch.float32) is not model[0].dense_weight_as(torch.float32)
+
+
+def test_kept_dense_weights_follow_a_move_of_the_model():
+    model = keep_dense_weights(nn.Sequential(packed_layer(bias=False)))
+    model(torch.randn(3, IN))
+    assert model.to("meta")(torch.randn(3, IN, device="meta")).is_meta

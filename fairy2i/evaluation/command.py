@@ -62,6 +62,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         model, tokenizer = load_model_and_tokenizer(
             args.model, gguf_file=args.gguf_file, tokenizer=args.tokenizer, dtype=getattr(torch, args.dtype)
         )
+        model.to(args.device)  # quantizing is faster there
         layers = quantized_layers(model)
         trained = ", ".join(sorted({method_name(layer.scheme) for layer in layers.values()}))
         if layers and args.quant_method != ["none"]:
@@ -71,7 +72,6 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         bits = model_bits_per_weight(model) or None
         if any(isinstance(m, QATLinear) for m in model.modules()):
             convert_to_inference_mode(model, packed=False)  # the same outputs, and no window quantizes anew
-        model.to(args.device)
         for text in texts:
             tokens = tokenize_text(text.text, tokenizer)
             result = perplexity(model, tokens, args.window, args.max_windows, args.batch_size)
