@@ -5,7 +5,8 @@ import torch
 from checkpoints import LEARNED, V2, saved_packed, saved_qat
 from tiny_models import tiny_model, token_batch
 from tiny_text import save_tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, pipeline
 
 from fairy2i import convert_to_inference_mode, replace_modules_for_qat
 
@@ -46,6 +47,22 @@ def test_the_cache_changes_no_token(way, tmp_path):
     prompt = token_batch(rows=2, length=5)
     expected = loaded.generate(prompt, **COMMON, **WAYS["greedy"])
     assert torch.equal(loaded.generate(prompt, **COMMON, **WAYS[way]), expected)
+
+
+@pytest.mark.parametrize("save", [saved_packed, saved_qat], ids=["packed", "qat"])
+def test_a_static_cache_is_compiled_into_one_graph_where_transformers_compiles_it(save, tmp_path):
+    save(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    prompt = token_batch(rows=2, length=5)
+    expected = loaded.generate(prompt, **COMMON, **WAYS["greedy"])
+    compiling = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    compiling._compile_all_devices = True  # transformers by itself compiles on GPUs alone
+    torch.compiler.reset()
+    counters.clear()
+    tokens = loaded.generate(prompt, **COMMON, **WAYS["static cache"], compile_config=compiling)
+    assert torch.equal(tokens, expected)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
 
 
 @pytest.mark.parametrize("method", [V2, "bitnet", LEARNED], ids=["v2", "bitnet", "learned"])

@@ -47,8 +47,9 @@ def score(model, question, choice):
     return total
 
 
+@pytest.mark.parametrize("given", ["model", "folder"])
 @pytest.mark.parametrize("mode", ["packed", "qat"])
-def test_a_local_task_scores_what_the_definition_says(mode, tmp_path, own_cache):
+def test_a_local_task_scores_what_the_definition_says(mode, given, tmp_path, own_cache):
     path = save_tiny_model(tmp_path / "plain")
     asked = Fairy2iConfig("complex_phase_v2", mode=mode)
     AutoModelForCausalLM.from_pretrained(path, quantization_config=asked).save_pretrained(tmp_path / "quantized")
@@ -65,7 +66,9 @@ def test_a_local_task_scores_what_the_definition_says(mode, tmp_path, own_cache)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "tasks" / "tiny_choice.yaml").write_text(TASK.format(file=tmp_path / "rows.jsonl"))
 
-    harness = HFLM(pretrained=model, tokenizer=tiny_tokenizer(), batch_size=4, add_bos_token=True)
+    pretrained = model if given == "model" else str(tmp_path / "quantized")
+    harness = HFLM(pretrained=pretrained, tokenizer=tiny_tokenizer(), batch_size=4, add_bos_token=True, device="cpu")
+    assert type(harness.model.lm_head) is type(model.lm_head)
     tasks = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
     result = simple_evaluate(harness, tasks=["tiny_choice"], task_manager=tasks, bootstrap_iters=0)
 
