@@ -155,10 +155,27 @@ def _set_module(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def _replace_everywhere(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> None:
-    """Put each new module wherever its old one is registered, under every name."""
+    """Put each new module wherever its old one is registered, under every name, with the hook of accelerate."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module in swaps:
             _set_module(model, name, swaps[module])
+            if hasattr(module, "_hf_hook") and not hasattr(swaps[module], "_hf_hook"):
+                from accelerate.hooks import add_hook_to_module
+
+                add_hook_to_module(swaps[module], module._hf_hook)  # it brings inputs, or the weight, to the device
+
+
+def check_in_memory(name: str, layer: nn.Module) -> None:
+    """Check that the weight of a layer is there to be quantized: not that of a model on "meta", which may come later.
+
+    Raises:
+        ValueError: accelerate offloaded the weight.
+    """
+    if hasattr(layer, "_hf_hook") and layer.get_parameter("weight").is_meta:
+        raise ValueError(
+            f"the weight of {name} is offloaded and cannot be quantized now; load the model without offloading, or "
+            "load a checkpoint that is quantized already"
+        )
 
 
 def _check_not_quantized(model: nn.Module) -> None:
@@ -199,7 +216,8 @@ def replace_modules_for_qat(
 
     Raises:
         ValueError: unknown method; a pattern of the mapping matches no layer; NaN or infinite weights (names the
-            module); the model is already quantized; nothing to replace (names the modules seen).
+            module); the model is already quantized; nothing to replace (names the modules seen); learned scales of a
+            weight that accelerate offloaded.
 
     Source: arXiv 2512.02901, section 4.
     """
@@ -247,6 +265,8 @@ def replace_modules_for_qat(
             continue
         assert scheme is not None
         weight = module.get_parameter("weight")
+        if scheme.learned:
+            check_in_memory(name, module)
         if not weight.is_meta and not torch.isfinite(weight).all():
             raise ValueError(f"the weight of {name} has NaN or infinite entries; nothing was replaced")
         plan.append((module, scheme))
@@ -320,10 +340,14 @@ def convert_to_inference_mode(model: nn.Module, packed: bool = True) -> nn.Modul
         The same model, in eval mode.
 
     Raises:
-        ValueError: the model was never converted.
+        ValueError: the model was never converted, or accelerate offloaded a part of it.
     """
     config = getattr(model, "config", None)
-    layers = [module for module in model.modules() if isinstance(module, QATLinear)]
+    layers = []
+    for name, module in model.named_modules():
+        if isinstance(module, QATLinear):
+            check_in_memory(name, module)
+            layers.append(module)
     if not layers:
         done = getattr(model, DEQUANTIZED_KEY, False) or getattr(config, DEQUANTIZED_KEY, None)
         if done or any(isinstance(module, PackedLinear) for module in model.modules()):

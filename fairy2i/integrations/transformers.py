@@ -27,7 +27,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checksums import checksum_metadata, sort_metadata
-from ..convert import ConversionReport, convert_to_inference_mode, replace_modules_for_qat
+from ..convert import ConversionReport, check_in_memory, convert_to_inference_mode, replace_modules_for_qat
 from ..packed import PackedLinear
 from ..qat import QATLinear
 from ..saving import atomic_files
@@ -153,26 +153,15 @@ class Fairy2iQuantizer(HfQuantizer):
 
     def _quantize_plain_weights(self, model: Any) -> None:
         """Do what replace_modules_for_qat could not do before there were weights, and pack them if asked to."""
-        hooks = {}
         for name, layer in quantized_layers(model).items():
             assert isinstance(layer, QATLinear)
-            if layer.weight.is_meta and (self.packs or layer.scales is not None):
-                what = "mode='packed'" if self.packs else "the start of learned scales"
-                raise ValueError(
-                    f"{what} needs the weight of {name} in memory, but device_map offloads it; "
-                    "write a quantized checkpoint first and load that"
-                )
+            if layer.scales is not None:
+                check_in_memory(name, layer)
             if not layer.weight.is_meta and not torch.isfinite(layer.weight).all():
                 raise ValueError(f"the weight of {name} has NaN or infinite entries")
             layer.init_scales()
-            if hasattr(layer, "_hf_hook"):
-                hooks[name] = layer._hf_hook
         if self.packs:
             convert_to_inference_mode(model)
-            for name, hook in hooks.items():  # accelerate's, which brings the input to the device of the layer
-                from accelerate.hooks import add_hook_to_module
-
-                add_hook_to_module(model.get_submodule(name), hook)
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
         """A QAT model saves its master weights, a packed one its codes and scales."""

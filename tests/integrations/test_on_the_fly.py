@@ -31,6 +31,12 @@ def train(model, steps):
     return losses
 
 
+def offloading(part):
+    """Return a device map that has one part of the model on disk and the others in memory."""
+    parts = [*(f"model.{name}" for name in ("embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb")), "lm_head"]
+    return {name: "disk" if name == f"model.{part}" else "cpu" for name in parts}
+
+
 # QAT
 
 
@@ -124,21 +130,58 @@ def test_weights_are_packed_in_the_dtype_that_is_asked_for(dtype, tmp_path):
     assert torch.equal(logits(loaded), logits(plain))
 
 
+# Offloaded and dispatched models
+
+
 @pytest.mark.parametrize(
-    ("config", "what"),
-    [
-        (Fairy2iConfig(V2, mode="packed"), "mode='packed'"),
-        (Fairy2iConfig(LEARNED), "the start of learned scales"),
-        (Fairy2iConfig(LEARNED, mode="packed"), "mode='packed'"),
-    ],
+    "config",
+    [Fairy2iConfig(V2, mode="packed"), Fairy2iConfig(LEARNED), Fairy2iConfig(LEARNED, mode="packed")],
     ids=["packed", "learned", "both"],
 )
-def test_what_needs_a_weight_that_is_offloaded_is_an_error_that_names_it(config, what, tmp_path):
+def test_what_needs_a_weight_that_is_offloaded_is_an_error_that_names_it(config, tmp_path):
     tiny_model("llama").save_pretrained(tmp_path)
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
-    device_map = {**places, "model.rotary_emb": "cpu", "lm_head": "cpu"}
-    with pytest.raises(ValueError, match=f"{what} needs the weight of model.layers.1.self_attn.q_proj in memory"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map=device_map)
+    with pytest.raises(ValueError, match=r"weight of model.layers.1.self_attn.q_proj is offloaded and cannot be quant"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map=offloading("layers.1"))
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "dequantized"])
+def test_converting_an_offloaded_model_by_hand_is_the_same_error_and_changes_nothing(packed, tmp_path):
+    model = saved_qat(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=offloading("layers.1"))
+    with pytest.raises(ValueError, match=r"weight of model.layers.1.self_attn.q_proj is offloaded and cannot be quant"):
+        convert_to_inference_mode(loaded, packed=packed)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_an_offloaded_plain_model_becomes_qat_by_hand_unless_scales_are_learned(tmp_path):
+    plain = tiny_model("llama")
+    plain.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=offloading("layers.1"))
+    with pytest.raises(ValueError, match=r"weight of model.layers.1.self_attn.q_proj is offloaded and cannot be quant"):
+        replace_modules_for_qat(loaded, LEARNED)
+    for model in (plain, loaded):
+        replace_modules_for_qat(model, V2)
+    assert isinstance(loaded.model.layers[1].mlp.up_proj, QATLinear)
+    assert torch.equal(logits(loaded), logits(plain))
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["on the fly", "by hand"])
+def test_layers_that_are_packed_keep_the_hooks_that_dispatch_them(by_hand, tmp_path):
+    plain = tiny_model("llama")
+    plain.save_pretrained(tmp_path)
+    asked = Fairy2iConfig(V2, mode="qat" if by_hand else "packed")
+    places = offloading("norm")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=asked, device_map=places)
+    if by_hand:
+        convert_to_inference_mode(loaded)
+    packed = packed_names(loaded)
+    assert len(packed) == 15
+    assert all(loaded.get_submodule(name)._hf_hook.execution_device == "cpu" for name in packed)
+    replace_modules_for_qat(plain, V2)
+    assert torch.equal(logits(loaded), logits(plain))
+
+
+# The config that is handed over
 
 
 def test_the_config_that_was_handed_over_is_not_changed(tmp_path):
