@@ -260,17 +260,29 @@ def save_pretrained(
         return
     if push_to_hub:  # files go up from the temporary folder, whose name is not the repository's
         kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
+        model._upload_modified_files = types.MethodType(_upload_sorted, model)
     try:
         with atomic_files(save_directory) as folder:
             quantizer.saving = (None if getattr(model, "_hf_peft_config_loaded", False) else folder, state_dict)
             type(model).save_pretrained(model, folder, True, state_dict, push_to_hub, **kwargs)
+            _sort_all(folder)
             written = os.listdir(folder)
-            for name in written:
-                if name.endswith(".safetensors"):
-                    sort_metadata(os.path.join(folder, name))
     finally:
         quantizer.saving = (None, None)
+        vars(model).pop("_upload_modified_files", None)
     if any(map(_WEIGHTS.fullmatch, written)):  # as transformers: what an earlier save wrote in other parts is not kept
         for name in os.listdir(save_directory):
             if _WEIGHTS.fullmatch(name) and name not in written:
                 os.remove(os.path.join(save_directory, name))
+
+
+def _sort_all(folder: str | os.PathLike[str]) -> None:
+    for name in os.listdir(folder):
+        if name.endswith(".safetensors"):
+            sort_metadata(os.path.join(folder, name))
+
+
+def _upload_sorted(model: Any, folder: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+    """Stand in for the method that save_pretrained uploads with, so that files go up as they stay here."""
+    _sort_all(folder)
+    return type(model)._upload_modified_files(model, folder, *args, **kwargs)
