@@ -49,7 +49,10 @@ def yaml_to_flags(path: str, known: Sequence[str]) -> list[str]:
             raise ValueError(f"{path}: unknown setting {name!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
         if value is None or value == []:
             continue
-        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        if value is False and name.endswith("_strategy"):
+            value = "no"  # what YAML reads as false where it is not quoted
+        nested = isinstance(value, dict) or (isinstance(value, list) and isinstance(value[0], list))
+        values = [json.dumps(value)] if nested else value if isinstance(value, list) else [value]
         flags += [f"--{name}", *map(str, values)]
     return flags
 

@@ -6,29 +6,22 @@ import json
 import logging
 import math
 import os
-import signal
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
-)
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainingArguments, default_data_collator, set_seed
 
 from ..convert import replace_modules_for_qat
 from ..loading import load_model_and_tokenizer, parse_method, read_documents
 from ..qat import QATLinear
+from .callbacks import StopAndSave
+from .checkpoints import WholeCheckpoints, checkpoints, last_checkpoint
 from .data import TokenBlocks, tokenize_documents
 from .loss import distillation_loss
+from .schedule import parse_schedule, segment_scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -78,56 +71,28 @@ class QATTrainingArguments(TrainingArguments):
     scale_learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of learned scales. Default: a quarter of learning_rate."}
     )
+    lr_schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": "Schedule as segments [last step, factor of the peak, shape]: linear, cosine or none to hold, as "
+            '[[300, 1.0, "linear"], [8000, 1.0], [10000, 0.1667, "cosine"]]. It takes the place of lr_scheduler_type.'
+        },
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
 
     def __post_init__(self) -> None:
         if not self.bf16 and not self.fp16 and not self.use_cpu:
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        if self.lr_schedule:
+            parse_schedule(self.lr_schedule)
+            if self.warmup_steps:
+                raise ValueError("--lr_schedule has the warm-up in it; leave out --warmup_steps")
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         super().__post_init__()
 
 
-class StopAndSave(TrainerCallback):
-    """Turn the first ctrl-C or SIGTERM into a checkpoint and a clean end; a second one stops at once."""
-
-    signals = (signal.SIGINT, signal.SIGTERM)
-    echo_s = 3.0  # a launcher forwards what the terminal has sent already: that is not a second wish
-
-    def __init__(self) -> None:
-        self.stopped = False
-        self.since = 0.0
-        self.previous: dict[int, Any] = {}
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.since and time.monotonic() - self.since > self.echo_s:
-            signal.signal(number, self.previous[number])
-            signal.raise_signal(number)
-        elif not self.since:
-            self.since, self.stopped = time.monotonic(), True
-            logger.warning("stopping after this step with a checkpoint; once more stops at once and loses it")
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Install the handlers; a signal that was ignored, as ctrl-C is in a background job, stays ignored."""
-        heard = [number for number in self.signals if signal.getsignal(number) is not signal.SIG_IGN]
-        self.previous = {number: signal.signal(number, self._handle) for number in heard}
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save and stop if a signal came, to any of the processes."""
-        if args.world_size > 1:  # all stop after the same step, or some would wait for the others for ever
-            stopped = torch.tensor(int(self.stopped), device=args.device)
-            torch.distributed.all_reduce(stopped, torch.distributed.ReduceOp.MAX)
-            self.stopped = bool(stopped)
-        if self.stopped:
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put the old handlers back."""
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-
-class QATTrainer(Trainer):
+class QATTrainer(WholeCheckpoints):
     """The Hugging Face Trainer for token blocks; train, evaluate and save with it as usual.
 
     Args:
@@ -164,6 +129,18 @@ class QATTrainer(Trainer):
             rate = self.args.learning_rate / 4 if rate is None else rate
             optimizer.add_param_group({"params": scales, "lr": rate, "weight_decay": 0.0})
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Return the scheduler of ``lr_schedule``, if that is given, or the one of the usual arguments."""
+        schedule = getattr(self.args, "lr_schedule", None)
+        if schedule and self.lr_scheduler is None:
+            segments = parse_schedule(schedule)
+            if segments[-1].until > num_training_steps:
+                logger.warning("lr_schedule has %d steps, training %d", segments[-1].until, num_training_steps)
+            chosen: Any = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = segment_scheduler(chosen, segments)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
@@ -210,13 +187,13 @@ def _checkpoint_to_resume(args: TrainingArguments, resume: bool, model: nn.Modul
     Raises:
         ValueError: there are checkpoints and nobody said to resume, or the checkpoint is of another method.
     """
-    last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir or "") else None
-    checkpoint = args.resume_from_checkpoint or (last if resume else None)
+    there = checkpoints(args.output_dir or "")
+    checkpoint = args.resume_from_checkpoint or (last_checkpoint(args.output_dir or "") if resume else None)
     if checkpoint is None:
-        if last is not None:
+        if there and not resume:
             raise ValueError(
-                f"{args.output_dir} already has {os.path.basename(last)}; add --resume to go on from it, or choose "
-                "another --output_dir"
+                f"{args.output_dir} already has {os.path.basename(there[-1])}; add --resume to go on from it, or "
+                "choose another --output_dir"
             )
         if resume:
             logger.warning("nothing to resume in %s, starting afresh", args.output_dir)

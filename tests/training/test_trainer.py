@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from fairy2i import METHODS, PhaseScheme, QATLinear
 from fairy2i.loading import read_documents
 from fairy2i.training import trainer as module
+from fairy2i.training.callbacks import StopAndSave
 from fairy2i.training.data import TokenBlocks, tokenize_documents
 from fairy2i.training.loss import distillation_loss
-from fairy2i.training.trainer import QATArguments, QATTrainingArguments, StopAndSave, run_training
+from fairy2i.training.trainer import QATArguments, QATTrainingArguments, run_training
 
 V2 = "complex_phase_v2"
 LEARNED = PhaseScheme(granularity="row", scales="learned")
