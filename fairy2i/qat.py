@@ -30,17 +30,33 @@ def keep_float32(cast: Tensor, exact: Tensor) -> Tensor:
     return cast if cast.dtype == torch.float32 else exact.to(cast.device)
 
 
+def _scale_gradient(scheme: Scheme, grad_dense: Tensor, codes: Tensor, count: int) -> Tensor:
+    """Return the gradient of ``count`` scales; a complex code uses one of its two scales."""
+    return scheme.scale_gradient(grad_dense, codes) / math.sqrt(codes.numel() / count)
+
+
 class _QuantizedLinear(torch.autograd.Function):
-    """y = x q(weight)^T + bias, with identity gradient from q to weight and no q kept in between."""
+    """y = x q(weight)^T + bias, with identity gradient from q to weight and no q kept in between.
+
+    Where ``exact`` is given it is what the scales are, and ``scales``, a rounded copy, only takes the gradient.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, scales: Tensor | None, bias: Tensor | None, scheme: Scheme
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scales: Tensor | None,
+        exact: Tensor | None,
+        bias: Tensor | None,
+        scheme: Scheme,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, scales)
+        used = scales if exact is None else exact
+        ctx.save_for_backward(x, weight, used)
         ctx.scheme = scheme
+        ctx.scale_dtype = None if scales is None else scales.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        dense = scheme.dequantize(*scheme.quantize(weight, scales)).to(weight.dtype).to(x.dtype)
+        dense = scheme.dequantize(*scheme.quantize(weight, used)).to(weight.dtype).to(x.dtype)
         return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
@@ -48,7 +64,7 @@ class _QuantizedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scales = ctx.saved_tensors
         scheme: Scheme = ctx.scheme
-        need_x, need_weight, need_scales, need_bias, _ = ctx.needs_input_grad
+        need_x, need_weight, need_scales, _, need_bias, _ = ctx.needs_input_grad
         grad_x = grad_weight = grad_scales = grad_bias = None
         rows = grad.reshape(-1, grad.shape[-1])
         codes, used = scheme.quantize(weight, scales)  # made again, not kept: codes depend on nothing else
@@ -59,11 +75,32 @@ class _QuantizedLinear(torch.autograd.Function):
             if need_weight:
                 grad_weight = grad_dense.to(weight.dtype)
             if need_scales:
-                per_scale = codes.numel() / scales.numel()  # a complex code uses one of its two scales
-                grad_scales = (scheme.scale_gradient(grad_dense, codes) / math.sqrt(per_scale)).to(scales.dtype)
+                grad_scales = _scale_gradient(scheme, grad_dense, codes, scales.numel()).to(ctx.scale_dtype)
         if need_bias:
             grad_bias = rows.sum(0).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_scales, grad_bias, None
+        return grad_x, grad_weight, grad_scales, None, grad_bias, None
+
+
+class _QuantizedWeight(torch.autograd.Function):
+    """The dense q(weight) itself, with the gradients of :class:`_QuantizedLinear`."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scales: Tensor | None, exact: Tensor | None, scheme: Scheme) -> Tensor:
+        used = scales if exact is None else exact
+        ctx.save_for_backward(weight, used)
+        ctx.scheme = scheme
+        ctx.scale_dtype = None if scales is None else scales.dtype
+        return scheme.dequantize(*scheme.quantize(weight, used)).to(weight.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scales = ctx.saved_tensors
+        grad_scales = None
+        if ctx.needs_input_grad[1]:
+            codes, _ = ctx.scheme.quantize(weight, scales)
+            grad_scales = _scale_gradient(ctx.scheme, grad, codes, scales.numel()).to(ctx.scale_dtype)
+        return grad, grad_scales, None, None
 
 
 class QATLinear(nn.Linear):
@@ -81,6 +118,7 @@ class QATLinear(nn.Linear):
     """
 
     scales: nn.Parameter | None
+    exact_scales: Tensor | None = None  # float32, where sharding rounds `scales`: see keep_scales_exact
 
     def __init__(
         self,
@@ -131,15 +169,38 @@ class QATLinear(nn.Linear):
 
     @property
     def matrix(self) -> Tensor:
-        """The master weight as (out_features, in_features), whatever way it is stored: a view."""
+        """The master weight as (out_features, in_features), whatever way it is stored: a view.
+
+        Raises:
+            RuntimeError: the weight is a DTensor, a part of which would be quantized as if it were the whole.
+        """
+        if hasattr(self.weight, "placements"):
+            raise RuntimeError(
+                f"QATLinear got a sharded DTensor weight ({self.weight.placements}). Tensor parallelism splits the "
+                "paired halves of the features, and the statistics are those of the whole matrix; use DDP or FSDP2, "
+                "which gathers the weight before the forward (outside of it, gather it with full_tensor())."
+            )
         return self.weight.T if self.fan_in_fan_out else self.weight
 
     @property
     def group_scales(self) -> Tensor | None:
         """The learned scales in the shape that the scheme says (a single one is stored as (1,)), or None: a view."""
-        if self.scales is None:
-            return None
-        return self.scales.view(self.scheme.scale_shape(self.out_features, self.in_features))
+        return self._grouped(self.scales if self._exact is None else self._exact)
+
+    @property
+    def _exact(self) -> Tensor | None:
+        """The float32 values of scales that sharding has rounded just now; None where they are not rounded."""
+        return None if self.scales is None or self.scales.dtype == torch.float32 else self.exact_scales
+
+    def _grouped(self, scales: Tensor | None) -> Tensor | None:
+        return None if scales is None else scales.view(self.scheme.scale_shape(self.out_features, self.in_features))
+
+    def trained_weight(self) -> Tensor:
+        """Return the dense quantized weight (out_features, in_features) with straight-through gradients.
+
+        For a caller that multiplies with it more than once in a forward: :meth:`forward` quantizes at each call.
+        """
+        return _QuantizedWeight.apply(self.matrix, self._grouped(self.scales), self._grouped(self._exact), self.scheme)
 
     @torch.no_grad()
     def init_scales(self) -> None:
@@ -166,15 +227,12 @@ class QATLinear(nn.Linear):
         Raises:
             RuntimeError: the weight is a sharded DTensor (tensor parallelism would split the pairs of features).
         """
-        if hasattr(self.weight, "placements"):
-            raise RuntimeError(
-                "QATLinear got a sharded DTensor weight. Tensor parallelism splits the paired halves of the features; "
-                "use DDP or FSDP2, which gather the weight before the forward."
-            )
+        matrix = self.matrix
         dtype = autocast_dtype(x)
         if dtype is None and x.dtype != self.weight.dtype:
             raise RuntimeError(f"input is {x.dtype} but the weight is {self.weight.dtype}; cast one or use autocast")
-        return _QuantizedLinear.apply(x.to(dtype or x.dtype), self.matrix, self.group_scales, self.bias, self.scheme)
+        scales, exact = self._grouped(self.scales), self._grouped(self._exact)
+        return _QuantizedLinear.apply(x.to(dtype or x.dtype), matrix, scales, exact, self.bias, self.scheme)
 
     def extra_repr(self) -> str:
         """Show the method beside the sizes."""

@@ -1,6 +1,7 @@
 """Quantization-aware training on the Hugging Face Trainer: arguments, and one function that runs them."""
 
 import copy
+import dataclasses
 import fnmatch
 import json
 import logging
@@ -8,11 +9,12 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import TrainingArguments, default_data_collator, set_seed
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..convert import replace_modules_for_qat
 from ..loading import load_model_and_tokenizer, parse_method, read_documents
@@ -20,8 +22,9 @@ from ..qat import QATLinear
 from .callbacks import StopAndSave
 from .checkpoints import WholeCheckpoints, checkpoints, last_checkpoint
 from .data import TokenBlocks, tokenize_documents
-from .loss import distillation_loss
+from .objective import Objective
 from .schedule import parse_schedule, segment_scheduler
+from .sharding import keep_scales_exact, place_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,23 @@ class QATArguments:
         metadata={"help": "Share of the loss that is KL to the unquantized model, 0 to 1 (try 0.5)."},
     )
     distill_temperature: float = field(default=1.0, metadata={"help": "Temperature of the distillation."})
+    distill_hidden: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the relative squared distance to the teacher's last hidden states."},
+    )
+    teacher: str | None = field(
+        default=None,
+        metadata={"help": "Model to distil from, with the same tokenizer. Default: --model before it is quantized."},
+    )
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "What the teacher computes in. auto: bfloat16 with --bf16, else its own."}
+    )
+    teacher_offload: bool = field(
+        default=False, metadata={"help": "Keep the teacher in CPU memory and bring it to the device layer by layer."}
+    )
+    loss_chunk_tokens: int = field(
+        default=1024, metadata={"help": "Tokens at a time that get logits, so that a large vocabulary fits. 0: all."}
+    )
     freeze: list[str] = field(
         default_factory=list, metadata={"help": "Globs of parameter names to leave untrained, as '*embed_tokens*'."}
     )
@@ -97,21 +117,49 @@ class QATTrainer(WholeCheckpoints):
 
     Args:
         teacher: the unquantized model to distil from, or None for plain cross-entropy. It is moved to the device of
-            training, in bfloat16 where training is; its parameters are never trained.
-        distill, distill_temperature: see :func:`fairy2i.training.loss.distillation_loss`.
+            training, and divided over the processes as the student is where that is FSDP2; never trained.
+        distill, distill_temperature, distill_hidden: see :mod:`fairy2i.training.loss`.
+        teacher_dtype: what the teacher computes in; None for bfloat16 where training is, else its own.
+        teacher_offload: keep the teacher in CPU memory between its layers' turns.
+        loss_chunk_tokens: tokens at a time that get logits; 0 for all.
         kwargs: as for Trainer.
     """
 
     def __init__(
-        self, *, teacher: nn.Module | None = None, distill: float = 0.0, distill_temperature: float = 1.0, **kwargs: Any
+        self,
+        *,
+        teacher: nn.Module | None = None,
+        distill: float = 0.0,
+        distill_temperature: float = 1.0,
+        distill_hidden: float = 0.0,
+        teacher_dtype: torch.dtype | None = None,
+        teacher_offload: bool = False,
+        loss_chunk_tokens: int = 1024,
+        **kwargs: Any,
     ) -> None:
         # blocks are of one length: nothing to pad
         super().__init__(data_collator=default_data_collator, **kwargs)
-        self.distill, self.distill_temperature = distill, distill_temperature
+        self.objective: Objective | None = None
+        self.objective_settings: dict[str, Any] = {
+            "distill": distill,
+            "temperature": distill_temperature,
+            "hidden": distill_hidden,
+            "chunk": loss_chunk_tokens if self.args.n_gpu <= 1 else 0,  # DataParallel would gather the logits
+        }
         self.teacher = teacher
+        plugin: Any = getattr(self.accelerator.state, "fsdp_plugin", None)
+        fsdp2 = plugin is not None and plugin.fsdp_version == 2
+        if fsdp2 and plugin.mixed_precision_policy is not None:  # as DDP does; accelerate would round gradients
+            policy = dataclasses.replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
+            plugin.mixed_precision_policy = policy
         if teacher is not None:
-            teacher.requires_grad_(False).eval()
-            teacher.to(self.args.device, torch.bfloat16 if self.args.bf16 else None)
+            if plugin is not None and plugin.cpu_ram_efficient_loading:
+                raise ValueError(
+                    "fsdp_cpu_ram_efficient_loading leaves the teacher without weights in all processes but the first; "
+                    "set it to false"
+                )
+            dtype = teacher_dtype or (torch.bfloat16 if self.args.bf16 else None)
+            place_teacher(teacher, self.args.device, dtype, shard=fsdp2, offload=teacher_offload)
             self.model_accepts_loss_kwargs = True  # the sum is divided by the tokens of all accumulated batches
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -146,22 +194,30 @@ class QATTrainer(WholeCheckpoints):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
     ) -> Any:
         """Return the loss of a batch; held-out loss is always plain cross-entropy."""
-        if self.teacher is None or not model.training:
+        if not model.training or (self.teacher is None and (return_outputs or not self._loss_in_chunks(model))):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
-        outputs = model(input_ids=inputs["input_ids"])
-        with torch.no_grad():
-            teacher = self.teacher(input_ids=inputs["input_ids"]).logits
-        loss = distillation_loss(
-            outputs.logits,
-            teacher,
-            inputs["labels"],
-            weight=self.distill,
-            temperature=self.distill_temperature,
-            count=num_items_in_batch,
-        )
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # as Trainer: gradients are averaged over the processes
+        if self.objective is None:  # now the model is wrapped
+            keep_scales_exact(model)
+            student = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+            self.objective = Objective(student, self.teacher, **self.objective_settings)
+        count = num_items_in_batch
+        if self.args.average_tokens_across_devices and count is not None:
+            count = count / self.accelerator.num_processes  # as Trainer: gradients are averaged over the processes
+        loss, outputs = self.objective(model, inputs, count)
         return (loss, outputs) if return_outputs else loss
+
+    def _loss_in_chunks(self, model: nn.Module) -> bool:
+        """Return whether the loss that the model itself would make can be made in chunks."""
+        if self.objective is not None:
+            return self.objective.chunked
+        student: Any = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        return (
+            self.objective_settings["chunk"] > 0
+            and self.label_smoother is None
+            and self.compute_loss_func is None
+            and getattr(student, "loss_function", None) is ForCausalLMLoss
+            and not getattr(student.config, "output_router_logits", False)  # their balance is part of the loss
+        )
 
 
 def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -207,6 +263,38 @@ def _checkpoint_to_resume(args: TrainingArguments, resume: bool, model: nn.Modul
     return checkpoint
 
 
+def _load_teacher(qat: QATArguments, quantizes: bool, model: nn.Module, tokenizer: Any) -> nn.Module | None:
+    """Return the model to distil from, a copy of ``model`` as it was loaded or the one of --teacher, or None.
+
+    Raises:
+        ValueError: the settings do not fit together, or the model does not fit as a teacher.
+    """
+    if not 0 <= qat.distill <= 1 or qat.distill_temperature <= 0 or qat.distill_hidden < 0:
+        raise ValueError(
+            "--distill must be between 0 and 1, --distill_temperature above 0, --distill_hidden not negative"
+        )
+    if qat.loss_chunk_tokens < 0:
+        raise ValueError("--loss_chunk_tokens must not be negative")
+    if not qat.distill and not qat.distill_hidden:
+        if qat.teacher:
+            raise ValueError("--teacher says from what to distil but not how much; give --distill too (try 0.5)")
+        return None
+    if qat.teacher:
+        teacher, its_tokenizer = load_model_and_tokenizer(qat.teacher)
+        if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise ValueError(f"--teacher {qat.teacher} has another vocabulary than {qat.model}")
+    elif not quantizes:
+        raise ValueError("--distill needs a --quant_method: an unquantized model has nothing to learn from itself")
+    else:
+        teacher = model
+    if any(isinstance(module, QATLinear) for module in teacher.modules()):
+        raise ValueError(
+            "--distill needs an unquantized teacher, and this is a QAT checkpoint; name the model that it came from "
+            "with --teacher"
+        )
+    return teacher if qat.teacher else copy.deepcopy(teacher)
+
+
 def run_training(qat: QATArguments, args: QATTrainingArguments) -> dict[str, float]:
     """Load a model, quantize it, train it, save it.
 
@@ -227,15 +315,7 @@ def run_training(qat: QATArguments, args: QATTrainingArguments) -> dict[str, flo
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context and qat.block_size > context:
         raise ValueError(f"--block_size {qat.block_size} is longer than the model's context of {context}")
-    if not 0 <= qat.distill <= 1 or qat.distill_temperature <= 0:
-        raise ValueError("--distill must be between 0 and 1, --distill_temperature above 0")
-    teacher = None
-    if qat.distill:
-        if method is None:
-            raise ValueError("--distill needs a --quant_method: an unquantized model has nothing to learn from itself")
-        if any(isinstance(module, QATLinear) for module in model.modules()):
-            raise ValueError("--distill needs an unquantized --model as the teacher; this one is a QAT checkpoint")
-        teacher = copy.deepcopy(model)
+    teacher = _load_teacher(qat, method is not None, model, tokenizer)
     sharded = args.fsdp or args.deepspeed or any(os.environ.get(name) == "true" for name in SHARDED_LAUNCH)
     if not sharded:  # else it may not fit on one device
         model.to(args.device)  # learned scales are fitted where that is fast
@@ -264,6 +344,10 @@ def run_training(qat: QATArguments, args: QATTrainingArguments) -> dict[str, flo
         teacher=teacher,
         distill=qat.distill,
         distill_temperature=qat.distill_temperature,
+        distill_hidden=qat.distill_hidden,
+        teacher_dtype=None if qat.teacher_dtype == "auto" else getattr(torch, qat.teacher_dtype),
+        teacher_offload=qat.teacher_offload,
+        loss_chunk_tokens=qat.loss_chunk_tokens,
     )
     stop = StopAndSave()
     trainer.add_callback(stop)

@@ -1,0 +1,98 @@
+"""What training over several processes needs beyond its wrappers: a teacher in parts, and scales that stay exact."""
+
+import logging
+from typing import Any
+
+import torch
+from accelerate import cpu_offload
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from ..qat import QATLinear
+
+logger = logging.getLogger(__name__)
+
+
+def place_teacher(
+    teacher: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    *,
+    shard: bool = False,
+    offload: bool = False,
+) -> nn.Module:
+    """Make a model ready to be learned from, in place, and return it: frozen, in evaluation mode, and where it fits.
+
+    Args:
+        teacher: a causal language model of transformers.
+        device: where it computes.
+        dtype: of its weights and its computation; None leaves it.
+        shard: divide it over the processes of the default group with FSDP2, one unit for each block; the blocks are
+            gathered one after the other. Parameters of the blocks may be on any device, also all on the CPU.
+        offload: keep the weights in CPU memory (its part of them with ``shard``) and bring them to the device layer by
+            layer, in each forward.
+    """
+    teacher.requires_grad_(False).eval()
+    teacher.to(dtype=dtype)
+    if shard:
+        options: dict[str, Any] = {"offload_policy": CPUOffloadPolicy(pin_memory=device.type != "cpu")}
+        options = options if offload and device.type != "cpu" else {}
+        names = set(getattr(teacher, "_no_split_modules", None) or ())
+        for block in [module for module in teacher.modules() if type(module).__name__ in names]:
+            fully_shard(block, **options)
+        fully_shard(teacher, **options)
+        return teacher
+    if offload:
+        teacher.to("cpu")
+        return cpu_offload(teacher, execution_device=device)
+    return teacher.to(device)
+
+
+class _ExactScales:
+    """Gathers learned scales in float32, once for each time that they have changed."""
+
+    def __init__(self, layers: list[QATLinear]) -> None:
+        self.layers = layers
+        self.shards: list[DTensor] = []
+        self.versions: list[int] = []
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def __call__(self, *_: Any) -> None:
+        # between forwards a layer holds its shard; those that FSDP2 keeps whole a little longer are known from before
+        now = [layer.scales for layer in self.layers]
+        shards = [
+            new if isinstance(new, DTensor) else self.shards[i] if self.shards else None for i, new in enumerate(now)
+        ]
+        if any(shard is None for shard in shards):
+            return  # not sharded: nobody rounds
+        self.shards = [shard for shard in shards if shard is not None]
+        versions = [shard.to_local()._version for shard in self.shards]
+        if versions == self.versions:
+            return
+        self.versions = versions
+        for layer, shard in zip(self.layers, self.shards, strict=True):
+            whole: Tensor = shard.full_tensor()
+            if whole.device != (layer.exact_scales if layer.exact_scales is not None else whole).device:
+                layer.exact_scales = None
+            if layer.exact_scales is None:
+                layer.exact_scales = torch.empty_like(whole)
+            layer.exact_scales.copy_(whole)
+
+
+def keep_scales_exact(model: nn.Module) -> nn.Module:
+    """Let learned scales take part in the forward as float32 under an FSDP2 policy that casts parameters to bfloat16.
+
+    FSDP2 casts all parameters of a unit alike before it gathers them. Scales rounded to 8 bits would move all weights
+    of a group at once. So before the first forward after each change they are gathered a second time, unrounded, and
+    the layers use those; the gradient takes the usual way. Costs one small collective for each layer and optimizer
+    step, and the scales' memory. Does nothing on models that FSDP2 does not shard.
+
+    Args:
+        model: as returned by FSDP2's ``fully_shard`` or ``Accelerator.prepare``; changed in place, and returned.
+    """
+    layers = [module for module in model.modules() if isinstance(module, QATLinear) and module.scales is not None]
+    if any(isinstance(layer.scales, DTensor) for layer in layers):
+        model.register_forward_pre_hook(_ExactScales(layers), prepend=True)
+    return model
