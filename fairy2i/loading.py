@@ -26,7 +26,12 @@ _TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 def load_model_and_tokenizer(
-    model: str, *, gguf_file: str | None = None, tokenizer: str | None = None, dtype: torch.dtype | str = torch.float32
+    model: str,
+    *,
+    gguf_file: str | None = None,
+    tokenizer: str | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    device_map: str | None = None,
 ) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
@@ -35,13 +40,15 @@ def load_model_and_tokenizer(
         gguf_file: name of a GGUF file inside ``model``; its weights are dequantized (needs the package ``gguf``).
         tokenizer: folder or Hub id of the tokenizer, if it does not lie with the model.
         dtype: dtype of the weights; "auto" is that of the checkpoint.
+        device_map: as transformers takes it: "auto" spreads a large model over all devices.
 
     Raises:
         FileNotFoundError: ``model`` looks like a local path and is not there.
         OSError: neither a folder nor a model that the Hub can give.
     """
     model = find_model(model)
-    extra = {"gguf_file": gguf_file} if gguf_file else {}
+    extra = {"gguf_file": gguf_file, "device_map": device_map}
+    extra = {name: value for name, value in extra.items() if value}
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **extra)
     if gguf_file and getattr(loaded, "hf_quantizer", None) is not None:
         loaded.hf_quantizer.remove_quantization_config(loaded)  # the weights are plain now; let the model be saved

@@ -1,17 +1,14 @@
 """Perplexity by protocol `gptq`, against the definition."""
 
-import hashlib
 import json
 import math
 
 import pytest
 import torch
-from datasets import Dataset
 from tiny_models import VOCABULARY, tiny_model, token_batch
 from tiny_text import BOS, EOS, tiny_tokenizer
 
-from fairy2i.evaluation import perplexity as module
-from fairy2i.evaluation.perplexity import load_eval_text, perplexity, tokenize_text
+from fairy2i.evaluation.perplexity import perplexity, tokenize_text
 
 WINDOW = 24
 TOKENS = token_batch(1, 10 * WINDOW + 7)[0]
@@ -115,39 +112,3 @@ def test_a_text_is_tokenized_as_a_whole_with_bos_and_without_eos():
     assert tokens[0] == BOS
     assert tokens[-1] != EOS
     assert tiny_tokenizer().decode(tokens) == "<s>the quick</s> fox"
-
-
-def test_the_documents_of_a_file_are_joined_by_a_blank_line(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_text("one<|endoftext|>two", encoding="utf-8")
-    text = load_eval_text(str(path))
-    assert (text.name, text.text) == (str(path), "one\n\ntwo")
-    assert text.sha256 == hashlib.sha256(b"one\n\ntwo").hexdigest()
-
-
-def test_wikitext2_is_the_raw_test_split_joined_by_blank_lines(monkeypatch):
-    def load_dataset(name, config, split):
-        assert (name, config, split) == ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
-        return Dataset.from_dict({"text": ["", " = Title = \n", "text"]})
-
-    monkeypatch.setattr(module, "load_dataset", load_dataset)
-    assert load_eval_text("wikitext2").text == "\n\n = Title = \n\n\ntext"
-
-
-def test_c4_is_the_first_1100_documents_joined_by_spaces(monkeypatch):
-    def load_dataset(name, data_files, split):
-        assert (name, split) == ("allenai/c4", "validation")
-        return Dataset.from_dict({"text": [str(i) for i in range(1200)]})
-
-    monkeypatch.setattr(module, "load_dataset", load_dataset)
-    assert load_eval_text("c4").text == " ".join(map(str, range(1100)))
-
-
-@pytest.mark.parametrize("name", ["wikitext2", "c4"])
-def test_without_a_network_a_named_text_asks_for_a_local_file(monkeypatch, name):
-    def load_dataset(*args, **kwargs):
-        raise RuntimeError("no network")
-
-    monkeypatch.setattr(module, "load_dataset", load_dataset)
-    with pytest.raises(ConnectionError, match=rf"{name} could not be fetched .*give a local file"):
-        load_eval_text(name)
