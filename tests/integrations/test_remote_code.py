@@ -164,15 +164,19 @@ def test_only_the_main_process_writes_it(tmp_path):
 
 
 @pytest.mark.parametrize("keyword", [True, False], ids=["by keyword", "by position"])
-def test_a_state_dict_that_is_handed_over_is_what_is_saved(keyword, tmp_path):
-    model = converted(packed=False)
-    state = {name: torch.full_like(tensor, 0.5) for name, tensor in model.state_dict().items()}
-    model.save_pretrained(tmp_path, state_dict=dict(state)) if keyword else model.save_pretrained(
-        tmp_path, True, dict(state)
-    )
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "qat"])
+def test_a_state_dict_that_is_handed_over_is_what_is_saved(packed, keyword, tmp_path):
+    model = converted(packed)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["model.norm.weight"].fill_(0.5)
+    if keyword:
+        model.save_pretrained(tmp_path, state_dict=dict(state))
+    else:
+        model.save_pretrained(tmp_path, True, dict(state))
     saved = load_file(tmp_path / "model.safetensors")
     assert sorted(saved) == sorted(state)
     assert all(torch.equal(saved[name], state[name]) for name in state)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).model.norm.weight[0] == 0.5
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
