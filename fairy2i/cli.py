@@ -1,4 +1,4 @@
-"""The `fairy2i` command: train, eval, quantize, inspect, generate, doctor."""
+"""The `fairy2i` command: prepare, train, eval, quantize, inspect, generate, doctor."""
 
 import argparse
 import json
@@ -194,9 +194,18 @@ def run_eval(argv: Sequence[str]) -> None:
     print(main(argv))
 
 
+def run_prepare(argv: Sequence[str]) -> None:
+    """Prepare shards as train/prepare_data.py does."""
+    from .training.prepare import main
+
+    logging.getLogger(__package__).setLevel(logging.INFO)
+    main(argv)
+
+
 # Commands that read their own arguments: what they can be told is written where they are
 FORWARDED: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (run_train, "train a model with quantization, as train/train.py"),
+    "prepare": (run_prepare, "tokenize texts into shards for training, as train/prepare_data.py"),
     "eval": (run_eval, "measure perplexity, as eval/eval_ppl.py"),
 }
 

@@ -5,6 +5,8 @@ dropped. The label right after an EOS is masked: the first token of a document c
 """
 
 import logging
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,11 +20,19 @@ logger = logging.getLogger(__name__)
 IGNORE_INDEX = -100
 
 
+class Tokens(Protocol):
+    """A row of tokens of which slices can be had: an array, a memory map, or shards."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, where: slice, /) -> NDArray[np.integer]: ...
+
+
 class TokenBlocks(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Blocks of one length from one long row of tokens, with masked labels.
 
     Args:
-        tokens: (total,), any integer dtype; a memory map will do.
+        tokens: (total,), any integer dtype; a memory map or :class:`.shards.ShardedTokens` will do.
         block_size: tokens in a block.
         eos_token_id: token whose successor is not a label.
 
@@ -30,7 +40,7 @@ class TokenBlocks(torch.utils.data.Dataset[dict[str, Tensor]]):
         ValueError: fewer tokens than one block.
     """
 
-    def __init__(self, tokens: NDArray[np.integer], block_size: int, eos_token_id: int) -> None:
+    def __init__(self, tokens: Tokens, block_size: int, eos_token_id: int) -> None:
         if block_size < 2:
             raise ValueError(f"block_size must be at least 2, got {block_size}")
         if len(tokens) < block_size:
@@ -53,6 +63,12 @@ class TokenBlocks(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"input_ids": ids, "labels": labels}
 
 
+def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Return the tokens of each text, without BOS and with EOS behind it."""
+    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]
+
+
 def tokenize_documents(
     documents: Dataset, tokenizer: PreTrainedTokenizerBase, num_proc: int | None = None
 ) -> NDArray[np.int32]:
@@ -64,22 +80,20 @@ def tokenize_documents(
         num_proc: worker processes; None for one.
 
     Returns:
-        int32 (total tokens,). The result of each document set and tokenizer is cached by ``datasets``.
+        int32 (total tokens,), in memory. The result of each document set and tokenizer is cached by ``datasets``.
 
     Raises:
         ValueError: the tokenizer has no EOS token.
     """
-    eos = tokenizer.eos_token_id
-    if eos is None:
+    if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no EOS token, which parts documents; set tokenizer.eos_token and save it")
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        encoded = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return {"input_ids": [[*ids, eos] for ids in encoded["input_ids"]]}
+        return {"input_ids": encode_documents(tokenizer, batch["text"])}
 
     workers = num_proc if num_proc and num_proc > 1 and len(documents) >= 1000 else None
     encoded = documents.map(encode, batched=True, num_proc=workers, remove_columns=["text"], desc="Tokenizing")
-    column = encoded.with_format("arrow")[:]["input_ids"].combine_chunks()
-    tokens = column.flatten().to_numpy(zero_copy_only=False).astype(np.int32)
+    chunks = encoded.with_format("arrow")[:]["input_ids"].chunks  # together they may be too long for 32-bit offsets
+    tokens = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False).astype(np.int32) for chunk in chunks])
     logger.info("%s documents, %s tokens", f"{len(documents):,}", f"{len(tokens):,}")
     return tokens

@@ -25,6 +25,7 @@ from .data import TokenBlocks, tokenize_documents
 from .objective import Objective
 from .schedule import parse_schedule, segment_scheduler
 from .sharding import keep_scales_exact, place_teacher
+from .shards import is_prepared, prepared_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,10 @@ class QATArguments:
     freeze: list[str] = field(
         default_factory=list, metadata={"help": "Globs of parameter names to leave untrained, as '*embed_tokens*'."}
     )
-    data: str = field(default="", metadata={"help": "Training text: file, folder, glob, or Hub data set (id:config)."})
+    data: str = field(
+        default="",
+        metadata={"help": "Training text: file, folder, glob, Hub data set (id:config), or shards."},
+    )
     data_split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
     eval_data: str | None = field(default=None, metadata={"help": "Held-out text; its loss is measured at the end."})
@@ -327,6 +331,9 @@ def run_training(qat: QATArguments, args: QATTrainingArguments) -> dict[str, flo
     workers = qat.num_proc or os.cpu_count()
 
     def blocks(source: str) -> TokenBlocks:
+        if is_prepared(source):
+            rows = model.config.get_text_config().vocab_size
+            return prepared_blocks(source, qat.block_size, tokenizer, rows)
         documents = read_documents(source, split=qat.data_split, text_column=qat.text_column)
         return TokenBlocks(tokenize_documents(documents, tokenizer, workers), qat.block_size, tokenizer.eos_token_id)
 
