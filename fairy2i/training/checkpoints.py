@@ -127,7 +127,8 @@ class WholeCheckpoints(Trainer):
 
 def _no_room(error: Exception) -> bool:
     """Say whether an error of writing means that the disk is full; torch.save does not tell the reason of its own."""
-    return _system_error(error) in _NO_ROOM or "inline_container.cc" in str(error)
+    texts = ("inline_container.cc", "iostream error")
+    return _system_error(error) in _NO_ROOM or any(text in str(error) for text in texts)
 
 
 def _put_in_place(partial: str, final: str) -> None:

@@ -5,7 +5,6 @@ import dataclasses
 import fnmatch
 import json
 import logging
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import TrainingArguments, default_data_collator, set_seed
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..convert import replace_modules_for_qat
@@ -22,6 +22,8 @@ from ..qat import QATLinear
 from .callbacks import StopAndSave
 from .checkpoints import WholeCheckpoints, checkpoints, last_checkpoint
 from .data import TokenBlocks, tokenize_documents
+from .heldout import HeldOutLoss
+from .monitor import MonitoredTrainer
 from .objective import Objective
 from .schedule import parse_schedule, segment_scheduler
 from .sharding import keep_scales_exact, place_teacher
@@ -78,7 +80,10 @@ class QATArguments:
     )
     data_split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
-    eval_data: str | None = field(default=None, metadata={"help": "Held-out text; its loss is measured at the end."})
+    eval_data: str | None = field(
+        default=None,
+        metadata={"help": "Held-out text; its perplexity is measured at the end and, with --eval_steps, on the way."},
+    )
     block_size: int = field(default=2048, metadata={"help": "Tokens in a block."})
     num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize. Default: all cores."})
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
@@ -103,6 +108,21 @@ class QATTrainingArguments(TrainingArguments):
         },
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide losses that are not finite from the log. They end the run here."}
+    )
+    max_loss_rise: float = field(
+        default=4.0,
+        metadata={"help": "Stop where the smoothed loss is so far above its lowest; 0 never stops for that."},
+    )
+    watch_layers: int = field(
+        default=8,
+        metadata={"help": "Layers whose codes and scales the log lines tell of, 0 for none, -1 for all."},
+    )
+    peak_tflops: float | None = field(
+        default=None,
+        metadata={"help": "Peak TFLOP/s of a device, for the model FLOP utilization. Default: from a table of GPUs."},
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
 
     def __post_init__(self) -> None:
@@ -112,11 +132,29 @@ class QATTrainingArguments(TrainingArguments):
             parse_schedule(self.lr_schedule)
             if self.warmup_steps:
                 raise ValueError("--lr_schedule has the warm-up in it; leave out --warmup_steps")
+        if self.eval_steps and self.eval_strategy == "no":
+            self.eval_strategy = "steps"
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         super().__post_init__()
+        check_report_to(self.report_to)
 
 
-class QATTrainer(WholeCheckpoints):
+def check_report_to(names: Any) -> None:
+    """Check that what shall get the log is installed.
+
+    Raises:
+        ValueError: one is not, or nobody knows it.
+    """
+    there = get_available_reporting_integrations()
+    for name in names or []:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise ValueError(f"--report_to {name}: unknown. There are none, all, {known}")
+        if name not in there and name != "azure_ml":  # of two packages, of which only one is asked for
+            raise ValueError(f"--report_to {name}: the package is not installed; pip install {name.replace('_', '-')}")
+
+
+class QATTrainer(MonitoredTrainer, WholeCheckpoints, HeldOutLoss):
     """The Hugging Face Trainer for token blocks; train, evaluate and save with it as usual.
 
     Args:
@@ -313,6 +351,8 @@ def run_training(qat: QATArguments, args: QATTrainingArguments) -> dict[str, flo
     for name in ("model", "data"):
         if not getattr(qat, name):
             raise ValueError(f"--{name} is missing; give it on the command line or in the --config file")
+    if args.eval_strategy != "no" and not qat.eval_data:
+        raise ValueError("--eval_steps and --eval_strategy need --eval_data")
     method = parse_method(qat.quant_method)
     set_seed(args.seed)
     model, tokenizer = load_model_and_tokenizer(qat.model, gguf_file=qat.gguf_file, tokenizer=qat.tokenizer)
@@ -370,7 +410,6 @@ def run_training(qat: QATArguments, args: QATTrainingArguments) -> dict[str, flo
     metrics["train_tokens"] = trainer.state.global_step * blocks_a_step * qat.block_size
     if eval_data is not None:
         metrics |= trainer.evaluate()
-        metrics["eval_perplexity"] = math.exp(min(metrics["eval_loss"], 700))
     if use_cache is not None:
         model.config.use_cache = use_cache
     trainer.save_model()

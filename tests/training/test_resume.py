@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import signal
 
 import pytest
@@ -92,9 +93,13 @@ def folders(output):
 
 
 KINDS = [(method, accumulation, world) for world in (1, 2) for accumulation in (1, 2) for method in METHODS]
+QUICK = [("v2", 2, 1), ("learned", 1, 2)]
 
 
-@pytest.mark.parametrize(("method", "accumulation", "world"), KINDS)
+@pytest.mark.parametrize(
+    ("method", "accumulation", "world"),
+    [pytest.param(*kind, marks=() if kind in QUICK else pytest.mark.slow) for kind in KINDS],
+)
 def test_a_killed_run_goes_on_as_if_nothing_had_been(inputs, straight, tmp_path, method, accumulation, world):
     kind = {"method": method, "accumulation": accumulation, "world": world}
     whole, losses = straight(**kind)
@@ -108,7 +113,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(inputs, straight, tmp_path,
     assert_same_end(whole, output)
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(inputs, straight, tmp_path, world):
     kind = {"method": "learned", "accumulation": 1, "world": world}
     whole, losses = straight(**kind)
@@ -139,8 +144,59 @@ def test_a_run_killed_while_it_removes_an_old_checkpoint_goes_on_from_the_new_on
     assert_same_end(whole, output)
 
 
+@pytest.mark.slow
 def test_runs_of_another_seed_or_kind_differ(inputs, straight, tmp_path):
     """What the tests above compare is not the same for all runs."""
     records = [straight(method=m, accumulation=a, world=w)[1] for m, a, w in KINDS if w == 1]
     records.append(train(inputs, tmp_path / "out", seed=1)[1])
     assert len({json.dumps(record[-1]) for record in records}) == len(records)
+
+
+# Other ends than being killed: what is left, and what is said
+
+
+def error_of(output, rank=0, run="first"):
+    return output.with_name(f"{output.name}-{run}.jsonl.error-{rank}").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("what", ["model", "optimizer"])
+def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(inputs, straight, tmp_path, what):
+    kind = {"method": "learned", "accumulation": 1, "world": 1}
+    whole, losses = straight(**kind)
+    output = tmp_path / "out"
+    codes, first = train(inputs, output, **kind, death=(f"no room for the {what}", 5))
+    assert (codes, first) == ([1], losses[:6])
+    assert error_of(output).startswith("OSError: ")
+    assert "no room to write checkpoint-6 to " in error_of(output)
+    assert error_of(output).endswith("checkpoint-3 is complete, --resume goes on from it")
+    assert not any(path.is_file() for path in (output / ".saving").rglob("*"))
+    codes, second = train(inputs, output, **kind, resume=True)
+    assert (codes, second) == ([0], losses[3:])
+    assert_same_end(whole, output)
+
+
+def test_a_loss_that_is_no_number_in_one_process_ends_all_of_them(inputs, straight, tmp_path):
+    _, losses = straight(method="v2", accumulation=2, world=2)
+    output = tmp_path / "out"
+    codes, first = train(inputs, output, accumulation=2, world=2, death=("nan", 5), save_steps=1)
+    assert codes == [1, 1]
+    assert first == losses[:4]
+    assert folders(output) == ["checkpoint-3", "checkpoint-4"]
+    assert "not finite: step 5, process 1, batch 1 of 2, which begins '" in error_of(output, 1)
+    assert "not finite: step 5, process 0; losses" in error_of(output, 0)
+    assert "checkpoint-4 is the last checkpoint" in error_of(output, 0)
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    assert [[log["step"], log["loss"], log["grad_norm"]] for log in history] == losses[:4]
+    record = json.loads((output / "diverged-1.json").read_text())
+    assert (record["step"], len(record["input_ids"]), len(record["input_ids"][0][0])) == (5, 2, 16)
+
+
+def test_a_checkpoint_that_another_program_tore_is_passed_over(inputs, straight, tmp_path):
+    whole, losses = straight(method="v2", accumulation=1, world=1)
+    output = tmp_path / "out"
+    shutil.copytree(whole / "checkpoint-6", output / "checkpoint-6")
+    shutil.copytree(whole / "checkpoint-8", output / "checkpoint-8")
+    (output / "checkpoint-8/trainer_state.json").unlink()
+    codes, second = train(inputs, output, resume=True)
+    assert (codes, second) == ([0], losses[6:])
+    assert_same_end(whole, output)

@@ -1,5 +1,7 @@
 """Learning-rate schedules: the paper's point by point, all parameter groups, resuming, and what is refused."""
 
+# ruff: noqa: F401, F811  (fixtures of another test file)
+
 import json
 import math
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_trainer import LEARNED, folder, train  # noqa: F401  (folder is a fixture)
+from test_trainer import LEARNED, folder, train
 
 from fairy2i.training.schedule import parse_schedule, schedule_factor, segment_scheduler
 from fairy2i.training.trainer import QATTrainingArguments
@@ -119,7 +121,7 @@ def test_a_warm_up_beside_a_schedule_is_refused():
         QATTrainingArguments(use_cpu=True, lr_schedule="[[300, 1.0]]", warmup_steps=10)
 
 
-def test_training_follows_the_schedule(folder, tmp_path):  # noqa: F811
+def test_training_follows_the_schedule(folder, tmp_path):
     schedule = '[[2, 1.0, "linear"], [4, 0.5, "cosine"]]'
     train(folder, tmp_path, json.dumps(LEARNED.to_dict()), lr_schedule=schedule)
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]

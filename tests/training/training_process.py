@@ -6,6 +6,7 @@ One server process imports everything once; the others fork from it, so that a r
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -27,14 +28,14 @@ def die():
 
 
 class Recorder(TrainerCallback):
-    """Write the loss of each step to a file, as JSON, which keeps every bit; die at the beginning of a step."""
+    """Write the loss of each step to a file, as JSON, which keeps every bit; meet an accident in a step."""
 
-    def __init__(self, path, die_in_step):
-        self.path, self.die_in_step = path, die_in_step
+    def __init__(self, path, accident, step):
+        self.path, self.accident, self.step = path, accident, step
 
     def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == (self.die_in_step or 0) - 1:
-            die()
+        if self.accident and state.global_step == self.step - 1:
+            self.accident(args, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs and state.is_world_process_zero:
@@ -71,8 +72,33 @@ def die_while_removing(step):
 DEATHS = {"saving": die_while_saving, "removing": die_while_removing}
 
 
+def lose_a_weight(args, model, **kwargs):
+    """Make the embedding of the last process not a number."""
+    if args.process_index == args.world_size - 1:
+        with torch.no_grad():
+            next(model.parameters()).fill_(torch.nan)
+
+
+def no_room_for(name):
+    """Return an accident: from here on, no file may become as large as this one of the first checkpoint is."""
+
+    def fill(args, **kwargs):
+        size = os.path.getsize(f"{args.output_dir}/checkpoint-3/{name}")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, resource.RLIM_INFINITY))
+
+    return fill
+
+
+ACCIDENTS = {
+    "step": lambda args, **kwargs: die(),
+    "nan": lose_a_weight,
+    "no room for the model": no_room_for("model.safetensors"),
+    "no room for the optimizer": no_room_for("optimizer.pt"),
+}
+
+
 def run(qat, args, record, death, rank, world, port):
-    """Train in this process; ``death`` is (where, step) or None."""
+    """Train in this process; ``death`` is (where, step) or None. An error is written to a file beside the record."""
     torch.set_num_threads(1)
     if world > 1:
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
@@ -83,13 +109,18 @@ def run(qat, args, record, death, rank, world, port):
 
     def with_recorder(**kwargs):
         trainer = original(**kwargs)
-        trainer.add_callback(Recorder(record, step if where == "step" else None))
+        trainer.add_callback(Recorder(record, ACCIDENTS.get(where), step))
         return trainer
 
     module.QATTrainer = with_recorder
     if where in DEATHS:
         DEATHS[where](step)
-    run_training(QATArguments(**qat), QATTrainingArguments(**args))
+    try:
+        run_training(QATArguments(**qat), QATTrainingArguments(**args))
+    except Exception as error:
+        with open(f"{record}.error-{rank}", "w", encoding="utf-8") as file:
+            file.write(f"{type(error).__name__}: {error}")
+        raise
 
 
 def free_port():
