@@ -1,11 +1,11 @@
-"""atomic_folder: whole or not at all, whatever happens on the way."""
+"""atomic_folder and atomic_files: whole or not at all, whatever happens on the way."""
 
 import errno
 import os
 
 import pytest
 
-from fairy2i.saving import atomic_folder
+from fairy2i.saving import atomic_files, atomic_folder
 
 
 def write(folder, name="file", text="text"):
@@ -136,3 +136,31 @@ def test_other_errors_of_the_system_come_through_as_they_are(tmp_path):
     with pytest.raises(FileNotFoundError) as caught, atomic_folder(tmp_path / "out"):
         raise error
     assert caught.value is error
+
+
+def test_files_take_the_place_of_those_of_their_name_and_others_stay(tmp_path):
+    write(tmp_path, "file", "old")
+    write(tmp_path, "other", "old")
+    with atomic_files(tmp_path) as folder:
+        write(folder, "file", "new")
+        os.mkdir(os.path.join(folder, "inner"))
+        write(os.path.join(folder, "inner"))
+        assert (tmp_path / "file").read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == ["file", "inner", "other"]
+    assert [(tmp_path / name).read_text() for name in ("file", "other", "inner/file")] == ["new", "old", "text"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_leaves_the_files_as_they_were(tmp_path, error):
+    write(tmp_path, "file", "old")
+    with pytest.raises(error), atomic_files(tmp_path) as folder:
+        write(folder, "file", "new")
+        raise error
+    assert os.listdir(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_text() == "old"
+
+
+def test_files_need_a_folder(tmp_path):
+    write(tmp_path, "file")
+    with pytest.raises(NotADirectoryError, match="is a file; choose another folder"), atomic_files(tmp_path / "file"):
+        pass

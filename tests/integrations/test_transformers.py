@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -349,3 +351,51 @@ def test_autocast_trains_a_model_with_float32_master_weights():
     out.loss.backward()
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_saving_in_fewer_parts_leaves_no_parts_of_before(tmp_path):
+    model = tiny_model("llama")
+    replace_modules_for_qat(model, "complex_phase_v2")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    (tmp_path / "notes.txt").write_text("mine")
+    model.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.glob("model*.safetensors*")] == ["model.safetensors"]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+KILLED_WHILE_SAVING = """
+import sys, time
+import safetensors.torch, transformers.modeling_utils
+from fairy2i import convert_to_inference_mode, replace_modules_for_qat
+from transformers import AutoModelForCausalLM
+
+def half(tensors, filename, metadata=None):
+    whole = safetensors.torch.save(tensors, metadata)
+    with open(filename, "wb") as file:
+        file.write(whole[: len(whole) // 2])
+    print("half", flush=True)
+    time.sleep(60)
+
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+replace_modules_for_qat(model, "complex_phase_v2")
+transformers.modeling_utils.safe_save_file = half
+convert_to_inference_mode(model).save_pretrained(sys.argv[2])
+"""
+
+
+def test_kill_9_while_save_pretrained_writes_leaves_what_was_there(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "plain")
+    packed = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=Fairy2iConfig("complex_phase_v1", mode="packed")
+    )
+    packed.save_pretrained(tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    command = [sys.executable, "-c", KILLED_WHILE_SAVING, str(tmp_path / "plain"), str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout.readline() == "half\n"
+        run.kill()
+    visible = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")}
+    assert visible == before
+    packed.save_pretrained(tmp_path / "out")  # cleans up what the killed run left
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
