@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import saving
 from .data import TokenBlocks, encode_documents
-from .sources import Subset, draw
+from .sources import Subset
 
 logger = logging.getLogger(__name__)
 
@@ -308,7 +308,7 @@ class _Stream:
                 first, texts, size = row, [], 0
                 for text in subset.documents(piece, row):
                     row += 1
-                    if text is None or (subset.keep < 1 and draw(self.seed, subset.name, piece, row) >= subset.keep):
+                    if text is None or not subset.keeps(self.seed, piece, row - 1):
                         continue
                     texts.append(text)
                     size += len(text)

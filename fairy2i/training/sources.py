@@ -57,8 +57,13 @@ class Subset:
         return {**mine, "split": self.split, "text_column": self.text_column, "files": files}
 
     def shuffled(self, seed: int) -> "Subset":
-        """Return the subset with its pieces in the order of the seed, the same on every machine."""
-        return replace(self, pieces=tuple(sorted(self.pieces, key=lambda piece: draw(seed, self.name, piece))))
+        """Return the subset with its pieces in the order of the seed, the same on every machine and in every folder."""
+        order = sorted(range(len(self.pieces)), key=lambda place: draw(seed, self.name, place))
+        return replace(self, pieces=tuple(self.pieces[place] for place in order))
+
+    def keeps(self, seed: int, piece: str | int, row: int) -> bool:
+        """Return whether a document is among those that the seed draws."""
+        return self.keep >= 1 or draw(seed, self.name, os.path.basename(str(piece)), row) < self.keep
 
     def documents(self, piece: str | int, start: int = 0) -> Iterator[str | None]:
         """Yield the texts of a piece from number ``start`` on, None for a row without one.
@@ -159,6 +164,11 @@ def find_subset(name: str, data: str | Sequence[str], **settings: Any) -> Subset
     return Subset(name, tuple(pieces), **settings)
 
 
+def is_table(data: str) -> bool:
+    """Return whether a source is a table of subsets."""
+    return data.endswith((".yaml", ".yml"))
+
+
 def read_sources(
     data: str, *, split: str = "train", text_column: str = "text", skip: Sequence[str] = ()
 ) -> tuple[list[Subset], int | None, list[str]]:
@@ -175,7 +185,7 @@ def read_sources(
     Raises:
         FileNotFoundError, ValueError: a source is not there, or the table is wrong; the message says what to do.
     """
-    if not data.endswith((".yaml", ".yml")):
+    if not is_table(data):
         if skip:
             raise ValueError(f"only a table of subsets has something to skip, {data} is not one")
         return [find_subset("all", data, split=split, text_column=text_column)], None, []

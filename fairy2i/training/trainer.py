@@ -28,6 +28,8 @@ from .objective import Objective
 from .schedule import parse_schedule, segment_scheduler
 from .sharding import keep_scales_exact, place_teacher
 from .shards import is_prepared, prepared_blocks
+from .sources import read_sources
+from .stream import check_source, stream_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,9 @@ class QATArguments:
     data: str = field(
         default="",
         metadata={"help": "Training text: file, folder, glob, Hub data set (id:config), or shards."},
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Tokenize --data while training, from the sources; needs --max_steps."}
     )
     data_split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
     text_column: str = field(default="text", metadata={"help": "Column that holds the text."})
@@ -353,6 +358,7 @@ def run_training(qat: QATArguments, args: QATTrainingArguments) -> dict[str, flo
             raise ValueError(f"--{name} is missing; give it on the command line or in the --config file")
     if args.eval_strategy != "no" and not qat.eval_data:
         raise ValueError("--eval_steps and --eval_strategy need --eval_data")
+    check_source(qat.data, qat.streaming, args.max_steps)
     method = parse_method(qat.quant_method)
     set_seed(args.seed)
     model, tokenizer = load_model_and_tokenizer(qat.model, gguf_file=qat.gguf_file, tokenizer=qat.tokenizer)
@@ -377,8 +383,13 @@ def run_training(qat: QATArguments, args: QATTrainingArguments) -> dict[str, flo
         documents = read_documents(source, split=qat.data_split, text_column=qat.text_column)
         return TokenBlocks(tokenize_documents(documents, tokenizer, workers), qat.block_size, tokenizer.eos_token_id)
 
+    def stream() -> Any:
+        subsets, *_ = read_sources(qat.data, split=qat.data_split, text_column=qat.text_column)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return stream_blocks(subsets, tokenizer, qat.block_size, seed=seed)
+
     with args.main_process_first(desc="tokenizing"):
-        train_data = blocks(qat.data)
+        train_data = stream() if qat.streaming else blocks(qat.data)
         eval_data = blocks(qat.eval_data) if qat.eval_data else None
 
     use_cache = getattr(model.config, "use_cache", None)  # the Trainer turns it off
