@@ -188,10 +188,14 @@ def run_train(argv: Sequence[str]) -> None:
 
 
 def run_eval(argv: Sequence[str]) -> None:
-    """Measure perplexity as eval/eval_ppl.py does."""
-    from .evaluation.command import main
+    """Measure perplexity as eval/eval_ppl.py does, or what the first word says."""
+    from .evaluation import command, compare, tasks
 
-    print(main(argv))
+    mains = {"tasks": tasks.main, "compare": compare.main}
+    if argv and argv[0] in mains:
+        print(mains[argv[0]](argv[1:]))
+    else:
+        print(command.main(argv))
 
 
 def run_prepare(argv: Sequence[str]) -> None:
@@ -206,7 +210,7 @@ def run_prepare(argv: Sequence[str]) -> None:
 FORWARDED: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (run_train, "train a model with quantization, as train/train.py"),
     "prepare": (run_prepare, "tokenize texts into shards for training, as train/prepare_data.py"),
-    "eval": (run_eval, "measure perplexity, as eval/eval_ppl.py"),
+    "eval": (run_eval, "measure perplexity; `eval tasks` accuracy, `eval compare` several models in one table"),
 }
 
 

@@ -103,7 +103,8 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    where = {"dtype": args.dtype, "device": args.device_map or args.device, "batch_size": args.batch_size}
+    where: dict[str, Any] = {"dtype": args.dtype, "device": args.device_map or args.device}
+    where["batch_size"] = getattr(args, "batch_size", None) or args.task_batch_size
     return {**where, "python": platform.python_version(), **found}
 
 
