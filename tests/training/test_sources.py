@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,7 +16,7 @@ from datasets import Dataset
 from tiny_text import tiny_tokenizer
 
 from fairy2i.training.shards import ShardedTokens, prepare
-from fairy2i.training.sources import find_subset, read_sources
+from fairy2i.training.sources import Subset, find_subset, read_sources
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = ["one", "two\nlines", "  ", "four \u2028 and \x85", "five"]
@@ -50,6 +51,18 @@ def test_parquet_json_and_text_are_read_from_any_row(tmp_path, start):
         assert read(find_subset("a", str(tmp_path / name), text_column="body"), start) == TEXTS[start:]
     (tmp_path / "c.txt").write_text("one<|endoftext|>\ntwo\n<|endoftext|>  <|endoftext|>three")
     assert read(find_subset("a", str(tmp_path / "c.txt")), start) == ["one", "\ntwo\n", "three"][start:]
+
+
+def test_a_hub_data_set_is_read_shard_by_shard(tmp_path):
+    """A folder of parquet files stands for the Hub, of which datasets makes the same."""
+    for i in range(3):
+        Dataset.from_dict({"id": range(5), "body": [f"{i} {j}" for j in range(5)]}).to_parquet(
+            tmp_path / f"{i}.parquet"
+        )
+    subset = Subset("all", (0, 1, 2), hub=str(tmp_path), text_column="body")
+    assert [list(subset.documents(piece, 3)) for piece in (2, 0, 1)] == [[f"{i} 3", f"{i} 4"] for i in (2, 0, 1)]
+    with pytest.raises(ValueError, match="shard 1 has no column 'text'; it has id, body"):
+        list(replace(subset, text_column="text").documents(1))
 
 
 def test_rows_without_text_keep_their_number(tmp_path):
