@@ -1,4 +1,4 @@
-"""What happens around the steps of training: a clean end on a signal."""
+"""What happens around the steps of training: log lines for people, and a clean end on a signal."""
 
 import logging
 import signal
@@ -10,6 +10,44 @@ import torch
 from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = int(seconds) // 3600, int(seconds) // 60 % 60
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {int(seconds) % 60:02d} s"
+
+
+class LogLines(TrainerCallback):
+    """Write what is logged as lines that a person can read, in a terminal and in a file alike."""
+
+    shapes = (  # name in the log, what it looks like
+        ("loss", "loss {:.4f}"),
+        ("loss_max", "(max {:.3f})"),
+        ("eval_loss", "held-out loss {:.4f}"),
+        ("eval_perplexity", "perplexity {:.3f}"),
+        ("grad_norm", "grad {:.3g}"),
+        ("learning_rate", "lr {:.3g}"),
+        ("tokens_per_s", "{:,} tokens/s"),
+        ("mfu", "MFU {:.1%}"),
+        ("flipped", "flipped {:.3%}"),
+        ("scale_mean", "scale {:.4g}"),
+        ("scale_min", "(min {:.4g})"),
+    )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock of what is left."""
+        self.begun, self.first = time.monotonic(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Write one line; the summary at the end of training is not one of a step."""
+        parts = [shape.format(logs[name]) for name, shape in self.shapes if name in logs]
+        if not state.is_world_process_zero or not parts:
+            return
+        done = state.global_step - self.first
+        if "loss" in logs and 0 < done and state.global_step < state.max_steps:
+            left = (time.monotonic() - self.begun) / done * (state.max_steps - state.global_step)
+            parts.append(f"{_duration(left)} left")
+        logger.info("step %d/%d  %s", state.global_step, state.max_steps, "  ".join(parts))
 
 
 class StopAndSave(TrainerCallback):

@@ -15,11 +15,12 @@ from torch import nn
 from transformers import TrainingArguments, default_data_collator, set_seed
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..convert import replace_modules_for_qat
 from ..loading import load_model_and_tokenizer, parse_method, read_documents
 from ..qat import QATLinear
-from .callbacks import StopAndSave
+from .callbacks import LogLines, StopAndSave
 from .checkpoints import WholeCheckpoints, checkpoints, last_checkpoint
 from .data import TokenBlocks, tokenize_documents
 from .heldout import HeldOutLoss
@@ -407,6 +408,9 @@ def run_training(qat: QATArguments, args: QATTrainingArguments) -> dict[str, flo
         teacher_offload=qat.teacher_offload,
         loss_chunk_tokens=qat.loss_chunk_tokens,
     )
+    for lines in (PrinterCallback, ProgressCallback):  # dicts, and a bar that fills log files
+        trainer.remove_callback(lines)
+    trainer.add_callback(LogLines())
     stop = StopAndSave()
     trainer.add_callback(stop)
     try:

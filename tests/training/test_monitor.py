@@ -5,6 +5,7 @@
 import json
 import math
 import os
+import re
 
 import pytest
 import torch
@@ -247,3 +248,29 @@ def test_a_report_that_cannot_be_is_refused_with_the_arguments(monkeypatch, name
 
 def test_reports_are_off_unless_asked_for():
     assert QATTrainingArguments(use_cpu=True).report_to == []
+
+
+# Lines
+
+
+def test_log_lines_are_readable(folder, tmp_path, caplog):
+    with caplog.at_level("INFO", logger="fairy2i"):
+        data = str(folder / "held_out.txt")
+        train(folder, tmp_path, eval_data=data, eval_steps=2, logging_steps=2, peak_tflops=1)
+    steps = [message for message in caplog.messages if message.startswith("step ")]
+    number = r"\d[\d.e+-]*"
+    training = (
+        rf"loss {number}  \(max {number}\)  grad {number}  lr {number}  [\d,]+ tokens/s  MFU {number}%  "
+        rf"flipped {number}%  scale {number}  \(min {number}\)"
+    )
+    held_out = rf"held-out loss {number}  perplexity {number}"
+    patterns = [
+        rf"step 2/4  {training}  0 min \d\d s left",
+        rf"step 2/4  {held_out}",
+        rf"step 4/4  {training}",
+        rf"step 4/4  {held_out}",
+        rf"step 4/4  {held_out}",
+    ]
+    assert len(steps) == len(patterns)
+    for step, pattern in zip(steps, patterns, strict=True):
+        assert re.fullmatch(pattern, step), step
