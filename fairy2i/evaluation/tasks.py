@@ -27,6 +27,7 @@ TASKS = (*PAPER_TASKS, "boolq", "openbookqa")
 TASK_FOLDER = Path(__file__).parents[2] / "eval" / "tasks"
 COMPRESSIONS = ("", ".xz", ".gz", ".zst", ".bz2")
 METRICS = ("acc", "acc_norm")
+CPU_BATCH = 8
 SEED = 1234  # of the harness: which few-shot examples are drawn
 
 DESCRIPTION = """Measure accuracy on multiple-choice tasks with the lm-evaluation-harness.
@@ -58,7 +59,7 @@ def add_task_arguments(parser: argparse.ArgumentParser, tasks: Sequence[str]) ->
     parser.add_argument("--task_folder", default=str(TASK_FOLDER), help="task files for --data_folder")
     parser.add_argument("--num_fewshot", type=int, default=0, help="examples before each question (default 0)")
     parser.add_argument("--limit", type=int, help="the first so many questions of each task only: a trial, no result")
-    parser.add_argument("--task_batch_size", default="auto", help="requests at a time, or auto (default)")
+    parser.add_argument("--task_batch_size", default="auto", help="requests at a time, or auto (default; 8 on a CPU)")
     parser.add_argument("--seed", type=int, default=SEED, help="draws the few-shot examples (default %(default)s)")
 
 
@@ -200,8 +201,12 @@ def measure_task(opened: OpenModel, name: str, args: argparse.Namespace) -> dict
         task = ConfigurableTask(config=config)
     else:
         manager = TaskManager()
-    size = args.task_batch_size if str(args.task_batch_size).startswith("auto") else int(args.task_batch_size)
-    harness = HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=size)
+    size = args.task_batch_size
+    if str(size).startswith("auto") and opened.model.device.type == "cpu":
+        size = CPU_BATCH  # the harness would try how much fits, and on a CPU everything does, in time
+    harness = HFLM(
+        pretrained=opened.model, tokenizer=opened.tokenizer, batch_size=int(size) if str(size).isdigit() else size
+    )
     found = lm_eval.simple_evaluate(
         harness,
         tasks=[task],

@@ -3,12 +3,16 @@
 import argparse
 import json
 import lzma
+import os
 import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import lm_eval.tasks
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
@@ -228,6 +232,34 @@ def test_the_command_measures_by_method_and_writes_json(folder, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2 + 4
 
 
+def test_the_shell_script_hands_its_arguments_on(folder):
+    script = Path(__file__).parents[2] / "eval" / "eval_task.sh"
+    more = ("--data_folder", str(folder), "--device", "cpu", "--tasks", "arc_easy", "--limit", "2")
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(script), str(folder / "model"), *more]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    header, _, row = done.stdout.splitlines()
+    assert header.startswith("| task ")
+    assert [cell.strip() for cell in row.split("|")[1:4]] == ["arc_easy", "none", "2"]
+
+
+@pytest.mark.parametrize(
+    ("size", "device", "expected"), [("auto", "cpu", 8), ("3", "cpu", 3), ("auto", "meta", "auto")]
+)
+def test_auto_is_a_fixed_batch_on_a_cpu(folder, monkeypatch, size, device, expected):
+    def harness(pretrained, tokenizer, batch_size):
+        raise InterruptedError(batch_size)
+
+    monkeypatch.setattr("lm_eval.models.huggingface.HFLM", harness)
+    opened = argparse.Namespace(model=torch.nn.Linear(1, 1, device=device), tokenizer=None)
+    opened.model.device = torch.device(device)
+    own = {"data_folder": str(folder), "task_folder": str(TASK_FOLDER), "num_fewshot": 0, "task_batch_size": size}
+    with pytest.raises(InterruptedError) as stopped:
+        module.measure_task(opened, "piqa", argparse.Namespace(**own))
+    assert stopped.value.args == (expected,)
+
+
 def error_of(capsys, *argv):
     assert main(list(argv)) == 1
     return capsys.readouterr().err
@@ -257,7 +289,7 @@ def test_wrong_arguments_are_refused_before_the_model_is_loaded(folder, capsys, 
 
 
 def test_without_the_harness_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     args = argparse.Namespace(num_fewshot=0, limit=None, task_batch_size="auto", data_folder=None, task_folder="")
     with pytest.raises(ImportError, match=r"pip install 'fairy2i\[eval\]'"):
         module.prepare(["piqa"], args)
