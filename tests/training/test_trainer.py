@@ -321,3 +321,79 @@ def test_an_ignored_signal_stays_ignored(handlers):
     stop.on_train_end(None, None, None)
     assert not stop.stopped
     assert signal.signal(signal.SIGINT, signal.default_int_handler) is signal.SIG_IGN
+
+
+# The optimizer
+
+
+class Groups(TrainerCallback):
+    """Note the parameter groups at the beginning of each step: rate, decay, and the names in them."""
+
+    def __init__(self):
+        self.steps = {}
+
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.steps[state.global_step] = [
+            (group["lr"], group["weight_decay"], {names[id(parameter)] for parameter in group["params"]})
+            for group in optimizer.param_groups
+        ]
+
+
+@pytest.fixture
+def groups(monkeypatch):
+    """Return a function that runs training and returns the groups of its steps."""
+    original = module.QATTrainer
+
+    def run(*args, **kwargs):
+        seen = Groups()
+
+        def with_groups(**kwargs):
+            trainer = original(**kwargs)
+            trainer.add_callback(seen)
+            return trainer
+
+        monkeypatch.setattr(module, "QATTrainer", with_groups)
+        train(*args, **kwargs)
+        return seen.steps
+
+    return run
+
+
+@pytest.mark.parametrize(("given", "rate"), [(None, 0.25e-2), (0.5e-2, 0.5e-2)])
+def test_learned_scales_have_a_rate_of_their_own_and_no_decay_also_after_a_resume(
+    folder, tmp_path, groups, given, rate
+):
+    method = json.dumps(LEARNED.to_dict())
+    settings = {"weight_decay": 0.1, "scale_learning_rate": given, "lr_schedule": '[[2, 1.0, "linear"], [4, 0.5]]'}
+    straight = groups(folder, tmp_path / "one", method, **settings)
+    names = set(weights(tmp_path / "one"))
+    scales = {name for name in names if name.endswith(".scales")}
+    plain = {name for name in names if "norm" in name}
+    assert len(scales) == 15 and plain
+    for step, factor in enumerate([0.0, 0.5, 0.5, 0.5]):
+        assert straight[step] == [
+            (1e-2 * factor, 0.1, names - scales - plain),
+            (1e-2 * factor, 0.0, plain),
+            (rate * factor, 0.0, scales),
+        ]
+    shutil.copytree(tmp_path / "one/checkpoint-2", tmp_path / "two/checkpoint-2")
+    resumed = groups(folder, tmp_path / "two", method, resume=True, **settings)
+    assert resumed == {step: straight[step] for step in (2, 3)}
+
+
+# The best checkpoint
+
+
+def test_the_best_checkpoint_is_kept_beside_the_last_and_found_under_its_name(folder, tmp_path):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "save_total_limit": 1}
+    spoil = {"lr_schedule": "[[3, 1.0], [4, 300.0]]"}  # in the last step
+    train(folder, tmp_path, eval_data=str(folder / "held_out.txt"), eval_steps=1, save_steps=1, **best, **spoil)
+    logs = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    losses = [log["eval_loss"] for log in logs if "eval_loss" in log]
+    assert losses[2] == min(losses[:4]) and losses[4] == losses[2], "the third step's weights are what was best"
+    step = 3
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3"]
+    state = json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(tmp_path / f"checkpoint-{step}")
+    assert same(weights(tmp_path), weights(tmp_path / f"checkpoint-{step}"))
