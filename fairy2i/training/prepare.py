@@ -62,12 +62,9 @@ def main(argv: Sequence[str], default_data: str | None = None) -> dict[str, Any]
         ValueError, OSError: an argument is wrong, a source cannot be read, or the disk is full.
     """
     args = build_parser(default_data).parse_args(argv)
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
     if args.num_proc:
         os.environ["RAYON_NUM_THREADS"] = str(args.num_proc)  # read when the first text is tokenized
-    subsets, tokens, missing = read_sources(args.data, split=args.split, text_column=args.text_column, skip=args.skip)
-    for name in missing:
-        logger.warning("the subset %s is not there (any more); the others fill the budget", name)
+    subsets, tokens, _ = read_sources(args.data, split=args.split, text_column=args.text_column, skip=args.skip)
     tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(args.tokenizer))
     manifest = prepare(
         subsets,

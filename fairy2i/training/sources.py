@@ -11,6 +11,7 @@ import fnmatch
 import hashlib
 import io
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ import yaml
 from datasets.utils.file_utils import xopen  # opens files and URLs, and reads on after a broken connection
 
 from ..loading import _TABLES, DOCUMENT_SEPARATOR, _local_files, _suffix
+
+logger = logging.getLogger(__name__)
 
 _REMOTE = ("http://", "https://", "hf://", "s3://", "gs://", "ftp://")
 _SETTINGS = {"data", "list", "match", "weight", "keep", "split", "text_column", "optional"}
@@ -209,6 +212,7 @@ def read_sources(
             if not entry.get("optional"):
                 raise ValueError(f"{error}; --skip {name} leaves it out, and the others fill the budget") from None
             missing.append(name)
+            logger.warning("%s; the others fill the budget", error)
     if not subsets:
         raise ValueError(f"{data}: no subset is left")
     tokens = table.get("tokens")
