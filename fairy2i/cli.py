@@ -16,6 +16,7 @@ from transformers import TextStreamer, set_seed
 from transformers.utils.logging import disable_progress_bar, set_verbosity_warning
 
 from ._version import __version__
+from .calibrate import calibrate
 from .convert import ConversionReport, Method, convert_to_inference_mode, replace_modules_for_qat
 from .evaluation.table import markdown_table
 from .inspection import LayerInfo, inspect_layers, summarize
@@ -48,6 +49,10 @@ BACKENDS: dict[str, Callable[[], str | None]] = {  # what multiplies: None if it
 }
 
 
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder or Hub id")
     parser.add_argument("--gguf_file", help="a GGUF file inside the model folder")
@@ -77,7 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
         "without the whole model in memory. The output is there when it is complete, or not at all.",
         epilog="examples:\n"
         "  fairy2i quantize outputs/my-w2 my-w2-packed                           # a QAT checkpoint\n"
-        "  fairy2i quantize MODEL model-w2-packed --method complex_phase_v2      # a plain one",
+        "  fairy2i quantize MODEL model-w2-packed --method complex_phase_v2      # a plain one\n"
+        "  fairy2i quantize MODEL model-w4-packed --calibrate my_text.txt \\\n"
+        '    --method \'{"kind": "phase", "stages": 4, "granularity": "row", "scales": "learned"}\'',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_model(quantize)
@@ -85,6 +92,15 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.add_argument("--method", help="method for a plain checkpoint: a name, or JSON as for train.py")
     quantize.add_argument("--skip_lm_head", action=argparse.BooleanOptionalAction, help="default: only a tied head")
     quantize.add_argument("--dequantized", action="store_true", help="write plain weights instead of packed ones")
+    quantize.add_argument(
+        "--calibrate",
+        metavar="TEXT",
+        help="fit a plain checkpoint to a text before it is packed, without training: a file, folder or Hub data set. "
+        "Never text that the model is measured on. Needs a method with learned row scales",
+    )
+    quantize.add_argument("--calibrate_tokens", type=int, default=131_072, help="tokens of it to use")
+    quantize.add_argument("--calibrate_length", type=int, default=1024, help="tokens in a sequence")
+    quantize.add_argument("--device", default=_default_device(), help="where to calibrate")
     quantize.set_defaults(run=run_quantize)
 
     inspect = commands.add_parser(
@@ -123,7 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     generate.add_argument("--top_p", type=float, default=0.95, help="with a temperature (default %(default)s)")
     generate.add_argument("--seed", type=int, default=0, help="with a temperature (default %(default)s)")
-    generate.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+    generate.add_argument("--device", default=_default_device(), help="cpu, cuda, cuda:1")
     generate.add_argument(
         "--keep_dense",
         action=argparse.BooleanOptionalAction,
@@ -146,7 +162,7 @@ def _load(args: argparse.Namespace) -> tuple[nn.Module, object]:
 def run_quantize(args: argparse.Namespace) -> None:
     """Pack a checkpoint and write it: from disk to disk where that can be done, else in memory."""
     method, report = parse_method(args.method), None
-    if not (args.gguf_file or args.dequantized):
+    if not (args.gguf_file or args.dequantized or args.calibrate):
         try:
             report = pack_checkpoint(
                 args.model,
@@ -173,10 +189,34 @@ def _quantize_in_memory(args: argparse.Namespace, method: Method | None) -> Conv
             raise ValueError(f"{args.model} is packed already")
         check_method(args.model, QATLinear in kinds, method, args.skip_lm_head is not None)
         report = replace_modules_for_qat(model, {} if method is None else method, args.skip_lm_head)
+        if args.calibrate:
+            if QATLinear in kinds:
+                raise ValueError(
+                    f"{args.model} is a QAT checkpoint and is packed as it was trained; leave out --calibrate"
+                )
+            tokens = _calibration_tokens(args.calibrate, tokenizer, args.calibrate_tokens, args.calibrate_length)
+            layers = calibrate(model.to(args.device), tokens)
+            before, after = (sum(getattr(layer, key) for layer in layers) / len(layers) for key in ("before", "after"))
+            print(f"mean relative error of the layers' outputs: {before:.4f} rounded, {after:.4f} calibrated")
         convert_to_inference_mode(model, packed=not args.dequantized)
         model.save_pretrained(folder)  # type: ignore[operator]
         tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
     return report
+
+
+def _calibration_tokens(source: str, tokenizer: Any, count: int, length: int) -> torch.Tensor:
+    """Return the first tokens of a text, with EOS behind each document: int64 (sequences, length)."""
+    from .loading import read_documents
+
+    ids: list[int] = []
+    for document in read_documents(source):
+        ids += [*tokenizer(document["text"], add_special_tokens=False, verbose=False).input_ids, tokenizer.eos_token_id]
+        if len(ids) >= count:
+            break
+    rows = min(len(ids), count) // length
+    if rows < 1:
+        raise ValueError(f"{source} has {len(ids)} tokens, less than one sequence; use a smaller --calibrate_length")
+    return torch.tensor(ids[: rows * length]).view(rows, length)
 
 
 def run_train(argv: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_text import save_tiny_model, tiny_tokenizer
+from tiny_text import save_tiny_model, tiny_text, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from fairy2i import PackedLinear, QATLinear, __version__, cli, convert_to_inference_mode, replace_modules_for_qat
@@ -60,6 +60,42 @@ def test_quantize_packs_a_qat_checkpoint_without_changing_a_bit(qat, tmp_path, c
 def test_quantize_with_a_method_is_the_same_as_converting_by_hand(plain, qat, tmp_path):
     assert main(["quantize", plain, str(tmp_path / "out"), "--method", "complex_phase_v2"]) == 0
     assert torch.equal(logits(tmp_path / "out")[0], logits(qat)[0])
+
+
+def test_quantize_calibrates_on_a_text(plain, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(tiny_text(400))
+    learned = json.dumps({"kind": "phase", "stages": 2, "granularity": "row", "scales": "learned"})
+    for name, extra in [("rounded", []), ("fitted", ["--calibrate", str(tmp_path / "text.txt")])]:
+        lengths = ["--calibrate_tokens", "400", "--calibrate_length", "32"] if extra else []
+        assert main(["quantize", plain, str(tmp_path / name), "--method", learned, *extra, *lengths]) == 0
+    before, after = re.search(r"outputs: ([\d.]+) rounded, ([\d.]+) calibrated", capsys.readouterr().out).groups()
+    assert float(after) < float(before)
+    ids = tiny_tokenizer()(tiny_text(40, offset=7), return_tensors="pt").input_ids
+    target, rounded, fitted = (
+        AutoModelForCausalLM.from_pretrained(path)(ids).logits
+        for path in (plain, tmp_path / "rounded", tmp_path / "fitted")
+    )
+    assert (fitted - target).norm() < (rounded - target).norm()
+
+
+@pytest.mark.parametrize(
+    ("model", "extra", "message"),
+    [
+        ("plain", ["--method", "complex_phase_v2"], "needs learned row scales"),
+        ("qat", [], "is packed as it was trained; leave out --calibrate"),
+        (
+            "plain",
+            ["--method", '{"kind": "phase", "scales": "learned"}', "--calibrate_length", "9999"],
+            "less than one",
+        ),
+    ],
+)
+def test_calibration_says_what_is_wrong_and_writes_nothing(plain, qat, tmp_path, capsys, model, extra, message):
+    (tmp_path / "text.txt").write_text(tiny_text(100))
+    command = ["quantize", {"plain": plain, "qat": qat}[model], str(tmp_path / "out"), "--calibrate"]
+    assert main([*command, str(tmp_path / "text.txt"), "--calibrate_length", "32", *extra]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_dequantized_output_is_plain_and_the_same(qat, tmp_path):
