@@ -73,8 +73,17 @@ class Subset:
 
         Raises:
             ValueError: a line is no JSON, or has no such column; names file and line.
-            OSError: the piece cannot be read.
+            OSError: the piece cannot be read; names it.
         """
+        try:
+            yield from self._documents(piece, start)
+        except (ValueError, ImportError):
+            raise
+        except Exception as error:  # each kind of connection has its own
+            name = f"{self.hub}, shard {piece}" if isinstance(piece, int) else piece
+            raise OSError(f"{name} cannot be read: {type(error).__name__} {error}") from error
+
+    def _documents(self, piece: str | int, start: int) -> Iterator[str | None]:
         if isinstance(piece, int):
             rows = _hub_rows(self.hub or "", self.split).shard(self._count, piece)
             yield from self._column(rows.skip(start), f"{self.hub}, shard {piece}")
@@ -140,8 +149,12 @@ def _hub_rows(hub: str, split: str) -> datasets.IterableDataset:
 
 @cache
 def _listed(path: str) -> tuple[str, ...]:
-    with _open(path) as file:
-        return tuple(line.strip() for line in file.read().decode().splitlines() if line.strip())
+    try:
+        with _open(path) as file:
+            lines = file.read().decode().splitlines()
+    except Exception as error:
+        raise OSError(f"the list {path} cannot be read: {type(error).__name__} {error}") from error
+    return tuple(line.strip() for line in lines if line.strip())
 
 
 def find_subset(name: str, data: str | Sequence[str], **settings: Any) -> Subset:

@@ -175,6 +175,15 @@ def test_a_subset_that_is_gone_is_an_error_unless_it_is_optional_or_skipped(tmp_
     assert [subset.name for subset in subsets] == "common_crawl github arxiv wikipedia stackexchange".split()
 
 
+def test_what_the_server_does_not_have_is_named(tmp_path, server):
+    gone = f"{server}/c4/gone.jsonl"
+    with pytest.raises(OSError, match=r"c4/gone\.jsonl cannot be read: FileNotFoundError"):
+        read(find_subset("a", gone))
+    path = redpajama(tmp_path, f"{server}/nowhere")
+    with pytest.raises(OSError, match=r"the list http.*/nowhere/urls\.txt cannot be read: FileNotFoundError"):
+        read_sources(path)
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
