@@ -128,7 +128,7 @@ def build(args: argparse.Namespace, method: str, compiled: bool, device: torch.d
     config = model_config(args)
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    model.to(torch.float32 if args.wrapper == "fsdp2" else torch.bfloat16)
+    nn.Module.to(model, torch.float32 if args.wrapper == "fsdp2" else torch.bfloat16)
     scheme = METHODS[method]
     if scheme is not None:
         replace_modules_for_qat(model, scheme)
@@ -171,9 +171,11 @@ def measure(args: argparse.Namespace, method: str, compiled: bool, device: torch
     objective = Objective(model, chunk=args.loss_chunk_tokens)
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=cuda)
     generator = torch.Generator().manual_seed(1 + dist.get_rank())
-    times, losses = [], []
+    vocabulary = model_config(args).vocab_size
+    times: list[float] = []
+    losses: list[float] = []
     for step in range(args.warmup + args.steps):
-        ids = torch.randint(model.config.vocab_size, (args.batch, args.length), generator=generator).to(device)
+        ids = torch.randint(vocabulary, (args.batch, args.length), generator=generator).to(device)
         dist.barrier()
         start = time.perf_counter()
         loss, _ = objective(wrapped, {"input_ids": ids, "labels": ids})

@@ -50,49 +50,38 @@ def place_teacher(
 
 
 class _ExactScales:
-    """Gathers learned scales in float32, once for each time that they have changed."""
+    """Gathers learned scales in float32 before a forward."""
 
     def __init__(self, layers: list[QATLinear]) -> None:
         self.layers = layers
-        self.shards: list[DTensor] = []
-        self.versions: list[int] = []
+        self.shards: list[Any] = [layer.scales for layer in layers]
 
     @torch.compiler.disable
     @torch.no_grad()
     def __call__(self, *_: Any) -> None:
-        # between forwards a layer holds its shard; those that FSDP2 keeps whole a little longer are known from before
-        now = [layer.scales for layer in self.layers]
-        shards = [
-            new if isinstance(new, DTensor) else self.shards[i] if self.shards else None for i, new in enumerate(now)
-        ]
-        if any(shard is None for shard in shards):
-            return  # not sharded: nobody rounds
-        self.shards = [shard for shard in shards if shard is not None]
-        versions = [shard.to_local()._version for shard in self.shards]
-        if versions == self.versions:
-            return
-        self.versions = versions
-        for layer, shard in zip(self.layers, self.shards, strict=True):
-            whole: Tensor = shard.full_tensor()
-            if whole.device != (layer.exact_scales if layer.exact_scales is not None else whole).device:
-                layer.exact_scales = None
-            if layer.exact_scales is None:
-                layer.exact_scales = torch.empty_like(whole)
-            layer.exact_scales.copy_(whole)
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer.scales, DTensor):  # else FSDP2 keeps the layer whole a little longer
+                self.shards[i] = layer.scales
+            whole: Tensor = self.shards[i].full_tensor()
+            old = layer.exact_scales
+            if old is None or old.device != whole.device:
+                layer.exact_scales = whole.clone()
+            else:
+                old.copy_(whole)  # in place: a compiled forward knows this tensor
 
 
 def keep_scales_exact(model: nn.Module) -> nn.Module:
     """Let learned scales take part in the forward as float32 under an FSDP2 policy that casts parameters to bfloat16.
 
     FSDP2 casts all parameters of a unit alike before it gathers them. Scales rounded to 8 bits would move all weights
-    of a group at once. So before the first forward after each change they are gathered a second time, unrounded, and
-    the layers use those; the gradient takes the usual way. Costs one small collective for each layer and optimizer
-    step, and the scales' memory. Does nothing on models that FSDP2 does not shard.
+    of a group at once. So before each forward they are gathered a second time, unrounded, and the layers use those; the
+    gradient takes the usual way. Costs one small collective for each layer and forward, and the scales' memory. Does
+    nothing on models that FSDP2 does not shard.
 
     Args:
         model: as returned by FSDP2's ``fully_shard`` or ``Accelerator.prepare``; changed in place, and returned.
     """
     layers = [module for module in model.modules() if isinstance(module, QATLinear) and module.scales is not None]
-    if any(isinstance(layer.scales, DTensor) for layer in layers):
+    if layers and all(isinstance(layer.scales, DTensor) for layer in layers):
         model.register_forward_pre_hook(_ExactScales(layers), prepend=True)
     return model

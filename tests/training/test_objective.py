@@ -191,4 +191,4 @@ def test_chunks_keep_the_logits_of_a_large_vocabulary_out_of_memory():
     """2048 tokens of 150,000 logits are 1.14 GiB in float32, and whole logits are held several times over."""
     whole, chunks = gib_of_a_step(0), gib_of_a_step(128)
     assert whole > 4
-    assert chunks < 1.14 / 2
+    assert chunks < 1.14 * 0.75  # less than the logits once
