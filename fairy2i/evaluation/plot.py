@@ -28,6 +28,7 @@ def draw_comparison(rows: Sequence["Row"], baseline: "Row") -> "Figure":
     """
     check_plot_file("picture.png")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     panels: list[tuple[str, str, list[Any]]] = [
         (column, "perplexity", [row.perplexities[column] for row in rows]) for column in baseline.perplexities
@@ -48,8 +49,11 @@ def draw_comparison(rows: Sequence["Row"], baseline: "Row") -> "Figure":
                 axes.scatter([row.bits], [value], color=colour, marker=marker, s=40, label=row.label, zorder=3)
         if unit == "perplexity":
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_title(title.replace("$", r"\$"))
-        axes.set_xlabel("bits per weight of the quantized layers, scales counted")
+        axes.set_xlabel("bits per weight, scales counted")
         axes.set_ylabel(unit)
         axes.grid(color="#e5e5e5", linewidth=0.8)
     figure.axes[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, fontsize=9)
