@@ -257,8 +257,8 @@ def measure(model: nn.Module, windows: Windows, batch_size: int = 1, progress: b
     """Measure the perplexity of a causal language model on windows.
 
     Args:
-        model: takes ``input_ids`` (batch, length), where lengths differ also ``attention_mask``, and returns an output
-            with ``logits``; on any device. Its mode is put back afterwards.
+        model: causal; takes ``input_ids`` (batch, length) and returns an output with ``logits``; on any device. Its
+            mode is put back afterwards.
         windows: from a protocol.
         batch_size: windows at a time; does not change the result beyond rounding.
         progress: show a progress bar.
@@ -282,13 +282,9 @@ def measure(model: nn.Module, windows: Windows, batch_size: int = 1, progress: b
         starts = range(0, len(windows.ids), batch_size)
         for start in tqdm(starts, desc="Perplexity", unit="batch", disable=None if progress else True):
             batch = windows.ids[start : start + batch_size]
-            ids = nn.utils.rnn.pad_sequence(batch, batch_first=True)  # on the right: nothing that counts sees it
-            mask = {}
-            if any(len(row) < ids.shape[1] for row in batch):
-                lengths = torch.tensor([[len(row)] for row in batch])
-                mask = {"attention_mask": (torch.arange(ids.shape[1]) < lengths).long().to(device)}
-            ids = ids.to(device)
-            logits = model(input_ids=ids, **mask).logits
+            # filled up on the right, where a causal model looks at nothing that counts
+            ids = nn.utils.rnn.pad_sequence(batch, batch_first=True).to(device)
+            logits = model(input_ids=ids).logits
             for index, row in enumerate(batch):
                 scored = windows.scored[start + index].to(logits.device)
                 target = ids[index, 1 : len(row)].to(logits.device)
