@@ -4,7 +4,7 @@ import copy
 import json
 import math
 
-import naive
+import naive_perplexity as naive
 import pytest
 import torch
 from tiny_models import tiny_model
