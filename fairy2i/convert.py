@@ -8,17 +8,21 @@ against the full name and against its last part ("q_proj", "*.layers.0.*", "lm_h
 import fnmatch
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from .packed import PackedLinear
 from .qat import QATLinear
 from .schemes import Scheme, mean_bits_per_weight, method_name, resolve_method
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Method = str | Scheme | Mapping[str, "str | Scheme | None"]
 
@@ -280,7 +284,11 @@ def replace_modules_for_qat(
         raise ValueError(f"nothing to replace.{_because(report)} {_seen(model, layers)}")
 
     _replace_everywhere(
-        model, {module: QATLinear.from_linear(module, scheme, _is_conv1d(module)) for module, scheme in plan}
+        model,
+        {
+            module: QATLinear.from_linear(module, scheme, _is_conv1d(module))
+            for module, scheme in _progress(plan, "Quantizing")
+        },
     )
     report.unreachable = _fused_experts(model)
     if report.unreachable:
@@ -288,6 +296,11 @@ def replace_modules_for_qat(
         warnings.warn(f"fused expert weights are not nn.Linear and stay in full precision: {shown}", stacklevel=2)
     _record(model, report, mode="qat")
     return report
+
+
+def _progress(layers: Sequence[T], what: str) -> Iterable[T]:
+    """Show a progress bar on a terminal once it takes more than two seconds, as scales of large layers do."""
+    return tqdm(layers, desc=what, unit="layer", delay=2, disable=None)
 
 
 def _because(report: ConversionReport) -> str:
@@ -357,7 +370,7 @@ def convert_to_inference_mode(model: nn.Module, packed: bool = True) -> nn.Modul
         replace_modules_for_qat(model, {})  # converted as a part of a larger module: record the layers as they are
     embeddings = _embedding_ids(model)
     methods = sorted({method_name(layer.scheme) for layer in layers})
-    while layers:
+    for _ in _progress(range(len(layers)), "Packing" if packed else "Dequantizing"):
         layer = layers.pop()
         if id(layer.weight) in embeddings and getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False  # type: ignore[union-attr]
