@@ -20,7 +20,7 @@ try:
 except ImportError:  # Windows: no locks, so leftovers are not removed; they do no harm
     fcntl = None  # type: ignore[assignment]
 
-_NO_ROOM = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+NO_ROOM = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}  # errno of a full disk
 
 
 @contextmanager
@@ -44,11 +44,11 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[str]:
     parent, name = os.path.split(path)
     with _temporary_folder(parent, f".{name}.partial-", path) as temporary:
         yield temporary
-        _sync_tree(temporary)
+        sync_tree(temporary)
         if os.path.isdir(path):
             os.rmdir(path)  # raises if someone has put files there meanwhile
         os.rename(temporary, path)
-        _sync(parent)
+        sync(parent)
 
 
 @contextmanager
@@ -67,14 +67,14 @@ def atomic_files(path: str | os.PathLike[str]) -> Iterator[str]:
         raise NotADirectoryError(f"{path} is a file; choose another folder")
     with _temporary_folder(path, ".partial-", path) as temporary:
         yield temporary
-        _sync_tree(temporary)
+        sync_tree(temporary)
         for root, _, files in os.walk(temporary):
             folder = os.path.join(path, os.path.relpath(root, temporary))
             os.makedirs(folder, exist_ok=True)
             for file in files:
                 os.replace(os.path.join(root, file), os.path.join(folder, file))
         shutil.rmtree(temporary)
-        _sync(path)
+        sync(path)
 
 
 @contextmanager
@@ -84,12 +84,12 @@ def _temporary_folder(parent: str, prefix: str, path: str) -> Iterator[str]:
     _remove_leftovers(parent, prefix)
     temporary = os.path.join(parent, f"{prefix}{uuid.uuid4().hex[:8]}")
     os.mkdir(temporary)
-    lock = _lock(temporary)
+    lock = lock_folder(temporary)
     try:
         yield temporary
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if (code := _system_error(error)) in _NO_ROOM:
+        if (code := system_error(error)) in NO_ROOM:
             raise OSError(code, f"{os.strerror(code)} while writing {path}; nothing of it was kept") from error
         raise
     finally:
@@ -97,7 +97,7 @@ def _temporary_folder(parent: str, prefix: str, path: str) -> Iterator[str]:
             os.close(lock)
 
 
-def _system_error(error: BaseException) -> int:
+def system_error(error: BaseException) -> int:
     """Return the errno of an error, also of one from Rust code (safetensors, tokenizers), which is not an OSError."""
     if isinstance(error, OSError):
         return error.errno or 0
@@ -105,8 +105,12 @@ def _system_error(error: BaseException) -> int:
     return int(found[1]) if found else 0
 
 
-def _lock(folder: str) -> int | None:
-    """Lock a folder for as long as the returned descriptor is open; None: locked already, or not possible here."""
+def lock_folder(folder: str) -> int | None:
+    """Lock a folder until the returned descriptor is closed, or the process ends in any way.
+
+    Returns:
+        The descriptor; None where it is locked already, or cannot be locked (Windows).
+    """
     if fcntl is None:
         return None
     descriptor = os.open(folder, os.O_RDONLY)
@@ -121,20 +125,22 @@ def _lock(folder: str) -> int | None:
 def _remove_leftovers(parent: str, prefix: str) -> None:
     for entry in list(os.scandir(parent)):
         if entry.name.startswith(prefix) and entry.is_dir(follow_symlinks=False):
-            lock = _lock(entry.path)
+            lock = lock_folder(entry.path)
             if lock is not None:
                 shutil.rmtree(entry.path, ignore_errors=True)
                 os.close(lock)
 
 
-def _sync_tree(folder: str) -> None:
+def sync_tree(folder: str) -> None:
+    """Wait until all files and folders in a folder have reached the disk."""
     for root, _, files in os.walk(folder):
         for file in files:
-            _sync(os.path.join(root, file))
-        _sync(root)
+            sync(os.path.join(root, file))
+        sync(root)
 
 
-def _sync(path: str) -> None:
+def sync(path: str) -> None:
+    """Wait until a file, or the list of entries of a folder, has reached the disk."""
     if os.path.isdir(path) and os.name == "nt":
         return  # Windows opens no folders
     descriptor = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
-from ..saving import _NO_ROOM, _sync, _sync_tree, _system_error
+from ..saving import NO_ROOM, sync, sync_tree, system_error
 
 logger = logging.getLogger(__name__)
 
@@ -84,14 +84,14 @@ class WholeCheckpoints(Trainer):
                     self.state.save_to_json(os.path.join(partial, STATE))
             self.accelerator.wait_for_everyone()
             if alone and os.path.isdir(partial):
-                _sync_tree(partial)
+                sync_tree(partial)
         except Exception as error:
             shutil.rmtree(partial, ignore_errors=True)
             if not _no_room(error):
                 raise
             kept, free = last_checkpoint(folder), shutil.disk_usage(folder).free / 2**20
             raise OSError(
-                _system_error(error) or errno.ENOSPC,
+                system_error(error) or errno.ENOSPC,
                 f"no room to write {name} to {folder} ({free:,.0f} MiB free); nothing of it was kept"
                 + (f". {os.path.basename(kept)} is complete, --resume goes on from it" if kept else ""),
             ) from error
@@ -128,7 +128,7 @@ class WholeCheckpoints(Trainer):
 def _no_room(error: Exception) -> bool:
     """Say whether an error of writing means that the disk is full; torch.save does not tell the reason of its own."""
     texts = ("inline_container.cc", "iostream error")
-    return _system_error(error) in _NO_ROOM or any(text in str(error) for text in texts)
+    return system_error(error) in NO_ROOM or any(text in str(error) for text in texts)
 
 
 def _put_in_place(partial: str, final: str) -> None:
@@ -141,4 +141,4 @@ def _put_in_place(partial: str, final: str) -> None:
         old = os.path.join(os.path.dirname(partial), f"old-{os.path.basename(final)}")
         os.rename(final, old)
         os.rename(partial, final)
-    _sync(os.path.dirname(final))
+    sync(os.path.dirname(final))

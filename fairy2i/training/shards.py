@@ -439,7 +439,7 @@ def _writing(folder: str, number: int) -> Iterator[str]:
         with saving.atomic_files(folder) as partial:
             yield partial
     except OSError as error:
-        if error.errno not in saving._NO_ROOM:
+        if error.errno not in saving.NO_ROOM:
             raise
         kept = f"{number} finished shards are kept; make room and run the same command again"
         raise OSError(error.errno, f"{os.strerror(error.errno or 0)} in {folder}; {kept}") from error
@@ -486,7 +486,7 @@ def _only_one(folder: str) -> Iterator[None]:
     Raises:
         ValueError: another process holds it.
     """
-    lock = saving._lock(folder)
+    lock = saving.lock_folder(folder)
     if lock is None and saving.fcntl is not None:
         raise ValueError(f"another process is preparing {folder}")
     try:

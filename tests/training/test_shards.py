@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(autouse=True)
 def no_sync(monkeypatch):
     """Do not wait for the disk: no test here cuts the power."""
-    monkeypatch.setattr(saving, "_sync", lambda path: None)
+    monkeypatch.setattr(saving, "sync", lambda path: None)
 
 
 def write_jsonl(path, texts):
