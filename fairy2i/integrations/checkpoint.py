@@ -16,8 +16,8 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from ..checksums import verify_checksums
 from ..convert import linear_layers
+from ..inspection import quantized_layers
 from ..packed import PackedLinear
-from ..qat import QATLinear
 from ..schemes import Scheme
 
 _DTYPES = {"codes": "U8", "scales": "F32"}  # of a packed layer, in the words of safetensors; a bias may be any float
@@ -136,11 +136,6 @@ def check_loaded(model: Any, absent: set[str]) -> None:
                 raise ValueError(f"the checkpoint has no {name}.{key}, expected {what}")
             if key == "scales":
                 _check_finite(f"{name}.{key}", tensor)
-
-
-def quantized_layers(model: nn.Module) -> dict[str, QATLinear | PackedLinear]:
-    """Return the quantized layers of a model by their names."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, QATLinear | PackedLinear)}
 
 
 def _state(layer: nn.Module) -> dict[str, Tensor]:

@@ -28,11 +28,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checksums import checksum_metadata, sort_metadata
 from ..convert import ConversionReport, check_in_memory, convert_to_inference_mode, replace_modules_for_qat
+from ..inspection import quantized_layers
 from ..packed import PackedLinear
 from ..qat import QATLinear
 from ..saving import atomic_files
 from ..schemes import Scheme, resolve_method, scheme_from_dict
-from .checkpoint import check_loaded, check_stored, fit_to_model, quantized_layers, read_headers
+from .checkpoint import check_loaded, check_stored, fit_to_model, read_headers
 from .remote_code import add_auto_map, has_auto_map, remove_auto_map, write_shim
 
 FORMAT_VERSION = 1

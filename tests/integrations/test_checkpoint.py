@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from fairy2i import METHODS, PackedLinear, QATLinear, convert_to_inference_mode, replace_modules_for_qat
-from fairy2i.integrations.checkpoint import quantized_layers
+from fairy2i.inspection import quantized_layers
 
 BROKEN = "model.layers.1.self_attn.q_proj"
 
