@@ -25,7 +25,8 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from fairy2i import METHODS, replace_modules_for_qat
 from fairy2i.evaluation.table import markdown_table, number
 from fairy2i.loading import load_model_and_tokenizer, read_documents
-from fairy2i.training.data import IGNORE_INDEX, TokenBlocks, tokenize_documents
+from fairy2i.training.data import TokenBlocks, tokenize_documents
+from fairy2i.training.loss import IGNORE_INDEX
 from fairy2i.training.trainer import QATTrainer, QATTrainingArguments
 
 HERE = Path(__file__).parent

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
 
-from .data import IGNORE_INDEX
+from .loss import IGNORE_INDEX
 
 
 def token_loss(sums: EvalPrediction) -> dict[str, float]:

@@ -6,7 +6,8 @@ import torch
 from datasets import Dataset
 from tiny_text import BOS, EOS, tiny_tokenizer
 
-from fairy2i.training.data import IGNORE_INDEX, TokenBlocks, tokenize_documents
+from fairy2i.training.data import TokenBlocks, tokenize_documents
+from fairy2i.training.loss import IGNORE_INDEX
 
 
 def documents(*texts):

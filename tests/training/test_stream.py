@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tiny_text import EOS, save_tiny_model, tiny_text, tiny_tokenizer
 from torch.utils.data import DataLoader
 
-from fairy2i.training.data import IGNORE_INDEX
+from fairy2i.training.loss import IGNORE_INDEX
 from fairy2i.training.shards import prepare
 from fairy2i.training.sources import find_subset
 from fairy2i.training.stream import stream_blocks
