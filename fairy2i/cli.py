@@ -20,7 +20,7 @@ from .calibrate import calibrate
 from .convert import ConversionReport, Method, convert_to_inference_mode, replace_modules_for_qat
 from .evaluation.table import markdown_table
 from .inspection import LayerInfo, inspect_layers, summarize
-from .loading import load_model_and_tokenizer, parse_method
+from .loading import load_model_and_tokenizer, parse_method, read_documents
 from .packed import PackedLinear, keep_dense_weights
 from .plotting import WeightHistograms, check_plot_file, draw
 from .qat import QATLinear
@@ -206,11 +206,12 @@ def _quantize_in_memory(args: argparse.Namespace, method: Method | None) -> Conv
 
 def _calibration_tokens(source: str, tokenizer: Any, count: int, length: int) -> torch.Tensor:
     """Return the first tokens of a text, with EOS behind each document: int64 (sequences, length)."""
-    from .loading import read_documents
+    documents = read_documents(source)
+    from .training.data import encode_documents  # here: it needs datasets, which packing does not
 
     ids: list[int] = []
-    for document in read_documents(source):
-        ids += [*tokenizer(document["text"], add_special_tokens=False, verbose=False).input_ids, tokenizer.eos_token_id]
+    for document in documents:
+        ids += encode_documents(tokenizer, [document["text"]])[0]
         if len(ids) >= count:
             break
     rows = min(len(ids), count) // length

@@ -98,6 +98,17 @@ def test_calibration_says_what_is_wrong_and_writes_nothing(plain, qat, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+def test_calibration_says_what_to_do_about_a_tokenizer_without_eos(plain, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(tiny_text(100))
+    no_eos = type(tiny_tokenizer())(tokenizer_object=tiny_tokenizer().backend_tokenizer)
+    no_eos.save_pretrained(tmp_path / "tokenizer")
+    command = ["quantize", plain, str(tmp_path / "out"), "--method", '{"kind": "phase", "scales": "learned"}']
+    command += ["--tokenizer", str(tmp_path / "tokenizer"), "--calibrate", str(tmp_path / "text.txt")]
+    assert main([*command, "--calibrate_length", "32"]) == 1
+    assert "the tokenizer has no EOS token, which parts documents; set tokenizer.eos_token" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_dequantized_output_is_plain_and_the_same(qat, tmp_path):
     assert main(["quantize", qat, str(tmp_path / "out"), "--dequantized"]) == 0
     after, kinds = logits(tmp_path / "out")

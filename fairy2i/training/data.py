@@ -63,10 +63,26 @@ class TokenBlocks(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"input_ids": ids, "labels": labels}
 
 
+def require_eos(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the EOS token of a tokenizer.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no EOS token, which parts documents; set tokenizer.eos_token and save it")
+    return tokenizer.eos_token_id
+
+
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Return the tokens of each text, without BOS and with EOS behind it."""
+    """Return the tokens of each text, without BOS and with EOS behind it.
+
+    Raises:
+        ValueError: the tokenizer has no EOS token.
+    """
+    eos = require_eos(tokenizer)
     encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]
+    return [[*ids, eos] for ids in encoded["input_ids"]]
 
 
 def tokenize_documents(
@@ -85,8 +101,7 @@ def tokenize_documents(
     Raises:
         ValueError: the tokenizer has no EOS token.
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no EOS token, which parts documents; set tokenizer.eos_token and save it")
+    require_eos(tokenizer)
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         return {"input_ids": encode_documents(tokenizer, batch["text"])}

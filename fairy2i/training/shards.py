@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .. import saving
-from .data import TokenBlocks, encode_documents
+from .data import TokenBlocks, encode_documents, require_eos
 from .sources import Subset
 
 logger = logging.getLogger(__name__)
@@ -174,8 +174,7 @@ def prepare(
         ValueError: the folder belongs to other arguments or has other files; nothing to tokenize; no EOS token.
         OSError: a source cannot be read, or the disk is full. Finished shards stay.
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no EOS token, which parts documents; set tokenizer.eos_token and save it")
+    require_eos(tokenizer)
     if shard_tokens < 1 or (tokens is not None and tokens < 1):
         raise ValueError("the tokens in all and in a shard must be positive")
     if tokens is not None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from .data import TokenBlocks, encode_documents
+from .data import TokenBlocks, encode_documents, require_eos
 from .shards import is_prepared
 from .sources import Subset, is_table
 
@@ -58,9 +58,7 @@ def stream_blocks(
     Raises:
         ValueError: the tokenizer has no EOS token.
     """
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise ValueError("the tokenizer has no EOS token, which parts documents; set tokenizer.eos_token and save it")
+    eos = require_eos(tokenizer)
 
     def cut(rows: dict[str, list[str]]) -> dict[str, list[NDArray[np.int64]]]:
         tokens = np.concatenate([np.array(ids) for ids in encode_documents(tokenizer, rows["text"])])
