@@ -20,7 +20,14 @@ from .calibrate import calibrate
 from .convert import ConversionReport, Method, convert_to_inference_mode, replace_modules_for_qat
 from .evaluation.table import markdown_table
 from .inspection import LayerInfo, inspect_layers, summarize
-from .loading import load_model_and_tokenizer, parse_method, read_documents
+from .loading import (
+    DTYPES,
+    default_device,
+    load_model_and_tokenizer,
+    move_to_device,
+    parse_method,
+    read_documents,
+)
 from .packed import PackedLinear, keep_dense_weights
 from .plotting import WeightHistograms, check_plot_file, draw
 from .qat import QATLinear
@@ -49,16 +56,11 @@ BACKENDS: dict[str, Callable[[], str | None]] = {  # what multiplies: None if it
 }
 
 
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder or Hub id")
     parser.add_argument("--gguf_file", help="a GGUF file inside the model folder")
     parser.add_argument("--tokenizer", help="tokenizer, if it does not lie with the model")
-    dtypes = ["auto", "float32", "bfloat16", "float16"]
-    parser.add_argument("--dtype", default="auto", choices=dtypes, help="default: as in the checkpoint")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES, help="default: as in the checkpoint")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -100,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     quantize.add_argument("--calibrate_tokens", type=int, default=131_072, help="tokens of it to use")
     quantize.add_argument("--calibrate_length", type=int, default=1024, help="tokens in a sequence")
-    quantize.add_argument("--device", default=_default_device(), help="where to calibrate")
+    quantize.add_argument("--device", default=default_device(), help="where to calibrate")
     quantize.set_defaults(run=run_quantize)
 
     inspect = commands.add_parser(
@@ -139,7 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     generate.add_argument("--top_p", type=float, default=0.95, help="with a temperature (default %(default)s)")
     generate.add_argument("--seed", type=int, default=0, help="with a temperature (default %(default)s)")
-    generate.add_argument("--device", default=_default_device(), help="cpu, cuda, cuda:1")
+    generate.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1")
     generate.add_argument(
         "--keep_dense",
         action=argparse.BooleanOptionalAction,
@@ -155,8 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _load(args: argparse.Namespace) -> tuple[nn.Module, object]:
-    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    return load_model_and_tokenizer(args.model, gguf_file=args.gguf_file, tokenizer=args.tokenizer, dtype=dtype)
+    return load_model_and_tokenizer(args.model, gguf_file=args.gguf_file, tokenizer=args.tokenizer, dtype=args.dtype)
 
 
 def run_quantize(args: argparse.Namespace) -> None:
@@ -195,7 +196,8 @@ def _quantize_in_memory(args: argparse.Namespace, method: Method | None) -> Conv
                     f"{args.model} is a QAT checkpoint and is packed as it was trained; leave out --calibrate"
                 )
             tokens = _calibration_tokens(args.calibrate, tokenizer, args.calibrate_tokens, args.calibrate_length)
-            layers = calibrate(model.to(args.device), tokens)
+            move_to_device(model, args.device)
+            layers = calibrate(model, tokens)
             before, after = (sum(getattr(layer, key) for layer in layers) / len(layers) for key in ("before", "after"))
             print(f"mean relative error of the layers' outputs: {before:.4f} rounded, {after:.4f} calibrated")
         convert_to_inference_mode(model, packed=not args.dequantized)
@@ -303,10 +305,7 @@ def run_generate(args: argparse.Namespace) -> None:
     loaded, anything = _load(args)
     model: Any = loaded.eval()
     tokenizer: Any = anything
-    try:
-        model.to(args.device)
-    except (RuntimeError, AssertionError) as error:  # no such device, not in this build, or too little memory
-        raise ValueError(f"the model cannot go to {args.device}: {error}") from None
+    move_to_device(model, args.device)
     keep_dense_weights(model, args.keep_dense)
     set_seed(args.seed)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt

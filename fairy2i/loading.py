@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import fsspec
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .convert import Method
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")  # what --dtype takes
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 _COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
 _TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -39,7 +41,7 @@ def load_model_and_tokenizer(
         model: a folder or a Hub id. A QAT checkpoint comes back as a QAT model.
         gguf_file: name of a GGUF file inside ``model``; its weights are dequantized (needs the package ``gguf``).
         tokenizer: folder or Hub id of the tokenizer, if it does not lie with the model.
-        dtype: dtype of the weights; "auto" is that of the checkpoint.
+        dtype: dtype of the weights, or its name; "auto" is that of the checkpoint.
         device_map: as transformers takes it: "auto" spreads a large model over all devices.
 
     Raises:
@@ -53,6 +55,23 @@ def load_model_and_tokenizer(
     if gguf_file and getattr(loaded, "hf_quantizer", None) is not None:
         loaded.hf_quantizer.remove_quantization_config(loaded)  # the weights are plain now; let the model be saved
     return loaded, AutoTokenizer.from_pretrained(os.path.expanduser(tokenizer or model))
+
+
+def default_device() -> str:
+    """Return the device that commands use where none is named: the GPU, if PyTorch can use one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def move_to_device(model: nn.Module, device: str) -> None:
+    """Move a model to a device, in place.
+
+    Raises:
+        ValueError: the device is not there, not in this build of PyTorch, or has too little memory.
+    """
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a build without CUDA
+        raise ValueError(f"the model cannot go to {device}: {error}") from None
 
 
 def parse_method(text: str | dict[str, Any] | None) -> Method | None:

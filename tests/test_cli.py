@@ -88,6 +88,11 @@ def test_quantize_calibrates_on_a_text(plain, tmp_path, capsys):
             ["--method", '{"kind": "phase", "scales": "learned"}', "--calibrate_length", "9999"],
             "less than one",
         ),
+        (
+            "plain",
+            ["--method", '{"kind": "phase", "scales": "learned"}', "--device", "nowhere"],
+            "the model cannot go to nowhere",
+        ),
     ],
 )
 def test_calibration_says_what_is_wrong_and_writes_nothing(plain, qat, tmp_path, capsys, model, extra, message):

@@ -11,7 +11,14 @@ from tiny_models import VOCABULARY, logits, tiny_model
 from tiny_text import save_tiny_model
 
 from fairy2i import METHODS, PhaseScheme, QATLinear, replace_modules_for_qat
-from fairy2i.loading import load_model_and_tokenizer, parse_method, read_documents
+from fairy2i.loading import (
+    DTYPES,
+    default_device,
+    load_model_and_tokenizer,
+    move_to_device,
+    parse_method,
+    read_documents,
+)
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -199,9 +206,35 @@ def test_a_qat_checkpoint_comes_back_as_a_qat_model(tmp_path):
     assert tokenizer.eos_token == "</s>"
 
 
-def test_the_dtype_is_that_of_the_weights(tmp_path):
-    model, _ = load_model_and_tokenizer(save_tiny_model(tmp_path), dtype=torch.bfloat16)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16], ids=str)
+def test_the_dtype_is_that_of_the_weights(tmp_path, dtype):
+    path = save_tiny_model(tmp_path, dtype=torch.float16)
+    model, _ = load_model_and_tokenizer(path, dtype=dtype)
+    expected = {"auto": torch.float16, torch.bfloat16: torch.bfloat16}.get(dtype) or getattr(torch, dtype)
+    assert {p.dtype for p in model.parameters()} == {expected}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, AssertionError, torch.OutOfMemoryError])
+def test_a_device_that_does_not_take_the_model_is_a_value_error_that_names_it(monkeypatch, error):
+    def refuse(*_):
+        raise error("not here")
+
+    model = torch.nn.Linear(1, 1)
+    monkeypatch.setattr(model, "to", refuse)
+    with pytest.raises(ValueError, match="the model cannot go to cuda:7: not here"):
+        move_to_device(model, "cuda:7")
+
+
+def test_a_model_moves_in_place():
+    model = torch.nn.Linear(1, 1)
+    move_to_device(model, "meta")
+    assert model.weight.device.type == "meta"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_device_is_the_gpu_where_there_is_one(monkeypatch, there):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert default_device() == ("cuda" if there else "cpu")
 
 
 def test_the_tokenizer_may_lie_elsewhere_also_at_home(tmp_path, monkeypatch):

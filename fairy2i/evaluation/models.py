@@ -8,12 +8,11 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..convert import convert_to_inference_mode, replace_modules_for_qat
 from ..inspection import quantized_layers
-from ..loading import load_model_and_tokenizer, parse_method
+from ..loading import DTYPES, default_device, load_model_and_tokenizer, move_to_device, parse_method
 from ..packed import keep_dense_weights
 from ..qat import QATLinear
 from ..schemes import mean_bits_per_weight, method_name
@@ -62,8 +61,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gguf_file", help="a GGUF file inside the model folder")
     parser.add_argument("--tokenizer", help="tokenizer, if it does not lie with the model")
     parser.add_argument("--skip_lm_head", action=argparse.BooleanOptionalAction, help="default: only a tied head")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "auto"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--device_map", help="spread a large model: auto, balanced, sequential; instead of --device")
     parser.add_argument(
         "--keep_dense",
@@ -101,14 +100,11 @@ def open_model(source: str, method: str, args: argparse.Namespace) -> OpenModel:
         source,
         gguf_file=args.gguf_file,
         tokenizer=args.tokenizer,
-        dtype=args.dtype if args.dtype == "auto" else getattr(torch, args.dtype),
-        **({"device_map": args.device_map} if args.device_map else {}),
+        dtype=args.dtype,
+        device_map=args.device_map,
     )
     if not args.device_map:
-        try:
-            model.to(args.device)  # quantizing is faster there
-        except (RuntimeError, AssertionError) as error:  # no such device, not in this build, or too little memory
-            raise ValueError(f"the model cannot go to {args.device}: {error}") from None
+        move_to_device(model, args.device)  # quantizing is faster there
     trained = ", ".join(sorted({method_name(layer.scheme) for layer in quantized_layers(model).values()}))
     if trained and wanted is not None:
         raise ValueError(f"{source} is quantized already (trained: {trained}); leave out --quant_method")
