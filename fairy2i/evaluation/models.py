@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 
 from ..convert import convert_to_inference_mode, replace_modules_for_qat
-from ..inspection import quantized_layers
+from ..inspection import model_bits_per_weight, quantized_layers
 from ..loading import DTYPES, default_device, load_model_and_tokenizer, move_to_device, parse_method
 from ..packed import keep_dense_weights
 from ..qat import QATLinear
-from ..schemes import mean_bits_per_weight, method_name
+from ..schemes import method_name
 from ..streaming import find_model
 
 WEIGHTS = (".safetensors", ".gguf", ".bin")
@@ -113,8 +113,7 @@ def open_model(source: str, method: str, args: argparse.Namespace) -> OpenModel:
     layers = quantized_layers(model).values()
     counts = Counter(layer.scheme for layer in layers)
     schemes = [{**scheme.to_dict(), "layers": count} for scheme, count in counts.items()]
-    bits = mean_bits_per_weight((layer.scheme, (layer.out_features, layer.in_features)) for layer in layers)
-    size = packed_bytes(model)
+    bits, size = model_bits_per_weight(model), packed_bytes(model)
     if any(isinstance(layer, QATLinear) for layer in layers):
         convert_to_inference_mode(model, packed=False)  # the same outputs, and no window quantizes anew
     keep_dense_weights(model, args.keep_dense)
