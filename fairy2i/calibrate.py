@@ -185,12 +185,15 @@ def output_error(weight: Tensor, quantized: Tensor, gram: Tensor) -> float:
 
 
 @torch.no_grad()
-def calibrate_layer(layer: QATLinear, gram: Tensor, *, damping: float = 0.01, rounds: int = 2) -> tuple[float, float]:
+def calibrate_layer(
+    layer: QATLinear, gram: Tensor, target: Tensor | None = None, *, damping: float = 0.01, rounds: int = 2
+) -> tuple[float, float]:
     """Give a layer the master weight and the scales that fit its inputs, in place.
 
     Args:
         layer: its scheme is a PhaseScheme with learned row scales.
         gram: float32 (in_features, in_features), on the device of the layer.
+        target: float32 (out_features, in_features), what to come near to; the layer's weight if None.
         damping: see :func:`round_with_feedback`.
         rounds: how often rounding and scales take turns.
 
@@ -199,7 +202,7 @@ def calibrate_layer(layer: QATLinear, gram: Tensor, *, damping: float = 0.01, ro
     """
     scheme = layer.scheme
     assert isinstance(scheme, PhaseScheme)
-    weight = layer.matrix.detach().float()
+    weight = layer.matrix.detach().float() if target is None else target
     codes, scales = scheme.quantize(weight)
     before = output_error(weight, scheme.dequantize(codes, scales), gram)
     best, master = before, weight
@@ -218,8 +221,7 @@ def calibrate_layer(layer: QATLinear, gram: Tensor, *, damping: float = 0.01, ro
         if error < best:
             best, master = error, dense
             layer.group_scales.copy_(scales)  # type: ignore[union-attr]
-    if master is not weight:
-        layer.matrix.copy_(master)
+    layer.matrix.copy_(master)
     return before, best
 
 
@@ -301,21 +303,65 @@ def _groups_by_input(block: nn.Module, layers: dict[str, QATLinear], batch: _Bat
     return [names for _, names in groups]
 
 
-def _gram_of_input(block: nn.Module, layer: QATLinear, batches: list[_Batch]) -> Tensor:
-    """Run a block on all batches and sum x x^T of what the layer is called with: float32 (in, in)."""
-    gram = torch.zeros(layer.in_features, layer.in_features, device=layer.weight.device)
+def _input_of(block: nn.Module, layer: QATLinear, batch: _Batch) -> Tensor:
+    """Run a block as far as a layer, and return what that is called with, float32 (tokens, in)."""
+    seen: list[Tensor] = []
 
-    def add(module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0].reshape(-1, layer.in_features).float()
-        gram.addmm_(x.T, x)
+    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0].reshape(-1, layer.in_features).float())
+        raise _Stop
 
-    hook = layer.register_forward_pre_hook(add)
+    hook = layer.register_forward_pre_hook(stop)
     try:
-        for batch in batches:
-            _run(block, batch)
+        _run(block, batch)
+    except _Stop:
+        pass
     finally:
         hook.remove()
-    return gram
+    return seen[0]
+
+
+class _Weights:
+    """The two sets of weights of a block: as the model came, and what is made of them."""
+
+    def __init__(self, layers: dict[str, QATLinear]) -> None:
+        self.layers = layers
+        self.original = {name: layer.matrix.detach().clone() for name, layer in layers.items()}
+        self.present = dict(self.original)
+
+    def use(self, weights: dict[str, Tensor]) -> None:
+        for name, layer in self.layers.items():
+            _use_dense(layer, weights[name])
+
+
+def _moments_of_input(
+    block: nn.Module, layer: QATLinear, weights: _Weights, batches: list[_Batch], originals: list[_Batch]
+) -> tuple[Tensor, Tensor]:
+    """Return sum x x^T and sum (o - x) x^T, float32 (in, in).
+
+    x is what the layer is called with behind the quantized layers, o what it would be called with in the model as it
+    came.
+    """
+    size = (layer.in_features, layer.in_features)
+    gram, drift = torch.zeros(size, device=layer.weight.device), torch.zeros(size, device=layer.weight.device)
+    for batch, original in zip(batches, originals, strict=True):
+        weights.use(weights.original)
+        o = _input_of(block, layer, original)
+        weights.use(weights.present)
+        x = _input_of(block, layer, batch)
+        gram.addmm_(x.T, x)
+        drift.addmm_((o - x).T, x)
+    return gram, drift
+
+
+def follow_drift(weight: Tensor, gram: Tensor, drift: Tensor, damping: float) -> Tensor:
+    """Return the real weight that makes of the present inputs what ``weight`` made of the original ones, nearly.
+
+    The least-squares solution w + w D (H + d I)^-1 with D = sum (o - x) x^T and H = sum x x^T.
+    """
+    mean = gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
+    eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    return weight + torch.linalg.solve(gram + damping * mean * eye, (weight @ drift).T).T
 
 
 @torch.no_grad()
@@ -325,6 +371,7 @@ def calibrate(
     *,
     damping: float = 0.01,
     rounds: int = 2,
+    drift_damping: float | None = 0.1,
     batch_size: int = 8,
     progress: bool = True,
 ) -> list[CalibratedLayer]:
@@ -365,20 +412,27 @@ def calibrate(
             _use_dense(layer, layer.matrix)
         device = next(model.parameters()).device
         batches = [_first_batch(model, blocks[0], batch.to(device)) for batch in tokens.split(batch_size)]
+        originals = batches
         bar = tqdm(total=len(inside), desc="Calibrating", unit="layer", disable=None if progress else True)
         for block in blocks:
             layers = {name: layer for name, layer in block.named_modules() if isinstance(layer, QATLinear)}
+            weights = _Weights(layers)
             for group in _groups_by_input(block, layers, batches[0]):
-                gram = _gram_of_input(block, layers[group[0]], batches)
+                gram, drift = _moments_of_input(block, layers[group[0]], weights, batches, originals)
                 for what, tensor in [("inputs", gram), *(("weight", layers[name].weight) for name in group)]:
                     if not torch.isfinite(tensor).all():
                         raise ValueError(f"{names[layers[group[0]]]}: its {what} have NaN or infinite entries")
                 for name in group:
-                    layer = layers[name]
-                    before, after = calibrate_layer(layer, gram, damping=damping, rounds=rounds)
-                    _use_dense(layer, layer.quantized_weight())
+                    layer, target = layers[name], weights.original[name].float()
+                    if drift_damping is not None:
+                        target = follow_drift(target, gram, drift, drift_damping)
+                    before, after = calibrate_layer(layer, gram, target, damping=damping, rounds=rounds)
+                    weights.present[name] = layer.quantized_weight()
                     done.append(CalibratedLayer(names[layer], before, after))
                     bar.update()
+            weights.use(weights.original)
+            originals = [batch._replace(hidden=_run(block, batch)) for batch in originals]
+            weights.use(weights.present)
             batches = [batch._replace(hidden=_run(block, batch)) for batch in batches]
         bar.close()
     finally:
