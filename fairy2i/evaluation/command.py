@@ -13,7 +13,7 @@ import transformers
 
 from .._version import __version__
 from ..loading import parse_method
-from .models import OpenModel, add_model_arguments, fingerprint, open_model
+from .models import OpenModel, fingerprint, one_model_parser, open_model
 from .perplexity import PROTOCOLS, make_windows, measure
 from .table import markdown_table, number
 from .texts import EvalText, load_eval_text
@@ -49,15 +49,9 @@ def add_perplexity_arguments(parser: argparse.ArgumentParser, data: Sequence[str
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="fairy2i eval", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True, help="folder or Hub id")
-    parser.add_argument("--quant_method", nargs="+", default=["none"], help="methods to measure, 'none': as it is")
-    add_model_arguments(parser)
+    parser = one_model_parser("fairy2i eval", DESCRIPTION)
     add_perplexity_arguments(parser, ["wikitext2", "c4"])
     parser.add_argument("--batch_size", type=int, default=1, help="windows at a time (default %(default)s)")
-    parser.add_argument("--output", help="write the results to this JSON file")
     return parser.parse_args(argv)
 
 

@@ -72,6 +72,18 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def one_model_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """Return a parser with what all commands read that measure one model by several methods."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="folder or Hub id")
+    parser.add_argument("--quant_method", nargs="+", default=["none"], help="methods to measure, 'none': as it is")
+    parser.add_argument("--output", help="write the results to this JSON file")
+    add_model_arguments(parser)
+    return parser
+
+
 def packed_bytes(model: nn.Module) -> int:
     """Return the bytes of a model's weights, quantized layers packed, all else in 16 bits, shared ones once."""
     layers = quantized_layers(model)

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from ..loading import parse_method
-from .models import OpenModel, add_model_arguments, file_sha256, fingerprint, open_model
+from .models import OpenModel, file_sha256, fingerprint, one_model_parser, open_model
 from .table import markdown_table
 
 PAPER_TASKS = ("arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande")
@@ -255,15 +255,9 @@ def average(results: Sequence[dict[str, Any]], metric: str = "acc") -> tuple[flo
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="fairy2i eval tasks", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True, help="folder or Hub id")
-    parser.add_argument("--quant_method", nargs="+", default=["none"], help="methods to measure, 'none': as it is")
-    add_model_arguments(parser)
+    parser = one_model_parser("fairy2i eval tasks", DESCRIPTION)
     add_task_arguments(parser, TASKS)
     parser.add_argument("--metric", default="acc", choices=METRICS, help="what the average is of (default: acc)")
-    parser.add_argument("--output", help="write the results to this JSON file")
     return parser.parse_args(argv)
 
 
