@@ -20,14 +20,7 @@ from .calibrate import calibrate
 from .convert import ConversionReport, Method, convert_to_inference_mode, replace_modules_for_qat
 from .evaluation.table import markdown_table
 from .inspection import LayerInfo, inspect_layers, summarize
-from .loading import (
-    DTYPES,
-    default_device,
-    load_model_and_tokenizer,
-    move_to_device,
-    parse_method,
-    read_documents,
-)
+from .loading import DTYPES, default_device, load_model_and_tokenizer, move_to_device, parse_method, read_documents
 from .packed import PackedLinear, keep_dense_weights
 from .plotting import WeightHistograms, check_plot_file, draw
 from .qat import QATLinear
