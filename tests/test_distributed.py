@@ -44,17 +44,14 @@ def wrap(model, wrapper, **options):
     return keep_scales_exact(fully_shard(model, **options))
 
 
-def train(scheme, wrapper=None, rank=0, world=1):
+def take_steps(model, loss_of, rank, world):
     """Return the loss of the whole batch at each step; each process takes its share of the rows."""
-    model = tiny_model("llama")
-    replace_modules_for_qat(model, SCHEMES[scheme])
-    model = model.train() if wrapper is None else wrap(model.train(), wrapper)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(5)
     losses = []
     for _ in range(STEPS):
         ids = torch.randint(3, VOCABULARY, (BATCH, LENGTH), generator=generator)[rank::world]
-        loss = model(ids, labels=ids).loss
+        loss = loss_of(ids)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -65,26 +62,22 @@ def train(scheme, wrapper=None, rank=0, world=1):
     return losses
 
 
+def train(scheme, wrapper=None, rank=0, world=1):
+    """Return the losses of training."""
+    model = tiny_model("llama")
+    replace_modules_for_qat(model, SCHEMES[scheme])
+    model = model.train() if wrapper is None else wrap(model.train(), wrapper)
+    return take_steps(model, lambda ids: model(ids, labels=ids).loss, rank, world)
+
+
 def distil(scheme, wrapper=None, rank=0, world=1, offload=False):
-    """Return the loss of the whole batch at each step of distillation, with a teacher sharded as the student."""
+    """Return the losses of distillation, with a teacher sharded as the student."""
     model = tiny_model("llama")
     teacher = place_teacher(copy.deepcopy(model), torch.device("cpu"), shard=wrapper == "fsdp2", offload=offload)
     replace_modules_for_qat(model, SCHEMES[scheme])
     objective = Objective(model.train(), teacher, distill=0.5, temperature=2.0, hidden=0.1, chunk=7)
     model = model if wrapper is None else wrap(model, wrapper)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    generator = torch.Generator().manual_seed(5)
-    losses = []
-    for _ in range(STEPS):
-        ids = torch.randint(3, VOCABULARY, (BATCH, LENGTH), generator=generator)[rank::world]
-        loss, _ = objective(model, {"input_ids": ids, "labels": ids})
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        mean = loss.detach().clone()
-        if world > 1:
-            dist.all_reduce(mean)
-        losses.append(mean.item() / world)
+    losses = take_steps(model, lambda ids: objective(model, {"input_ids": ids, "labels": ids})[0], rank, world)
     assert objective.chunked
     return losses
 

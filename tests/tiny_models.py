@@ -45,6 +45,21 @@ def token_batch(rows=2, length=12, seed=2):
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
+def train(model, steps, lr):
+    """Train on one fixed batch, leave the model in eval mode, and return the losses; the last gradients stay."""
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(input_ids=token_batch(), labels=token_batch()).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
 @torch.no_grad()
 def logits(model):
     """Return the logits of one fixed batch."""

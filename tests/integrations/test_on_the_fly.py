@@ -6,29 +6,15 @@ import pytest
 import torch
 from checkpoints import LEARNED, MIXED, V2, packed_names, read_config, saved_packed, saved_qat, schemes
 from safetensors.torch import load_file
-from tiny_models import logits, tiny_model, token_batch
+from tiny_models import logits, tiny_model, train
 from transformers import AutoModelForCausalLM
 
 from fairy2i import Fairy2iConfig, PackedLinear, QATLinear, convert_to_inference_mode, replace_modules_for_qat
 
+LR = 2e-3
 EACH_METHOD = pytest.mark.parametrize(
     "method", [V2, "bitnet", LEARNED, MIXED], ids=["v2", "bitnet", "learned", "mixed"]
 )
-
-
-def train(model, steps):
-    """Train a few steps and return the losses."""
-    model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    losses = []
-    for _ in range(steps):
-        loss = model(token_batch(), labels=token_batch()).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    model.eval()
-    return losses
 
 
 def offloading(part):
@@ -209,10 +195,10 @@ def test_the_config_of_a_quantized_checkpoint_wins_over_one_that_is_handed_over(
 def test_training_goes_on_from_a_qat_checkpoint_as_if_it_had_not_stopped(method, tmp_path):
     model = tiny_model("llama")
     replace_modules_for_qat(model, method)
-    first = train(model, 8)
+    first = train(model, 8, LR)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    losses, expected = train(loaded, 8), train(model, 8)
+    losses, expected = train(loaded, 8, LR), train(model, 8, LR)
     assert losses == expected
     assert min(losses) < min(first)
     state, wanted = loaded.state_dict(), model.state_dict()
@@ -232,7 +218,7 @@ def test_a_released_checkpoint_of_bfloat16_master_weights_trains_and_is_packed(d
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "released", dtype=dtype)
     replace_modules_for_qat(plain, V2)
     assert torch.equal(logits(loaded), logits(plain))
-    losses = train(loaded, 30)
+    losses = train(loaded, 30, LR)
     assert losses[-1] < 0.9 * losses[0]
     expected = logits(loaded)
     convert_to_inference_mode(loaded).save_pretrained(tmp_path / "packed")

@@ -8,32 +8,19 @@ import pytest
 import torch
 from checkpoints import LEARNED, V2, saved_packed, saved_qat
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny_models import logits, tiny_model, token_batch
+from tiny_models import logits, tiny_model, token_batch, train
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from fairy2i import PackedLinear, convert_to_inference_mode, replace_modules_for_qat
 from fairy2i.integrations.peft import with_packed_layers
 
+LR = 2e-2
 TARGETS = {"llama": ["q_proj", "down_proj", "lm_head"], "gpt2": ["c_attn", "c_proj"]}
 
 
 def adapter_config(family="llama", **kwargs):
     return LoraConfig(**{"r": 4, "target_modules": TARGETS[family], "task_type": "CAUSAL_LM", **kwargs})
-
-
-def train(model, steps=10, lr=2e-2):
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
-    losses = []
-    for _ in range(steps):
-        loss = model(input_ids=token_batch(), labels=token_batch()).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    model.eval()
-    return losses
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -48,7 +35,7 @@ def test_an_adapter_trains_alone_is_saved_and_comes_back_on_a_freshly_loaded_mod
     model = get_peft_model(base, with_packed_layers(adapter_config(family)))
     assert not [str(warning.message) for warning in recwarn if "Unsupported layer" in str(warning.message)]
     assert torch.equal(logits(model), expected)  # LoRA starts at nothing
-    losses = train(model)
+    losses = train(model, 10, LR)
     assert losses[-1] < 0.95 * losses[0]
     for name, p in model.named_parameters():
         assert (p.grad is not None and bool(p.grad.any())) is ("lora_" in name), name
@@ -91,7 +78,7 @@ def test_the_gradient_of_the_adapter_is_that_beside_plain_layers(tmp_path):
 def test_merging_into_codes_is_an_error_and_changes_nothing(merge, tmp_path):
     saved_packed(tmp_path)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path), with_packed_layers(adapter_config()))
-    train(model, steps=2)
+    train(model, 2, LR)
     expected = logits(model)
     with pytest.raises(ValueError, match=r"cannot be merged into packed codes; .*packed=False"):
         getattr(model, merge)()
@@ -103,7 +90,7 @@ def test_unload_gives_the_packed_model_back(tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tmp_path)
     expected = logits(base)
     model = get_peft_model(base, with_packed_layers(adapter_config()))
-    train(model, steps=2)
+    train(model, 2, LR)
     back = model.unload()
     assert type(back.lm_head) is PackedLinear
     assert torch.equal(logits(back), expected)
@@ -114,7 +101,7 @@ def test_an_adapter_of_the_packed_model_goes_on_the_qat_model_and_merges_there(t
     saved_qat(tmp_path / "qat")
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     model = get_peft_model(packed, with_packed_layers(adapter_config()))
-    train(model)
+    train(model, 10, LR)
     model.save_pretrained(tmp_path / "adapter")
     for packed_false in (False, True):
         qat = AutoModelForCausalLM.from_pretrained(tmp_path / "qat")
