@@ -7,6 +7,7 @@ with any number of leading dimensions before it. The last tiles of a side that `
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,16 +24,21 @@ def group_shape(rows: int, cols: int, granularity: Granularity, tile: int) -> tu
     return (-(-rows // tile), -(-cols // tile))
 
 
-def group_sum(x: Tensor, granularity: Granularity, tile: int) -> Tensor:
-    """Sum the entries of each group: (..., rows, cols) -> (..., *group_shape)."""
+def wide(x: Tensor) -> torch.dtype:
+    """Return what to sum float32 in where the order of the terms must not show: float64, where the device has it."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def group_sum(x: Tensor, granularity: Granularity, tile: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Sum the entries of each group, in ``dtype`` if given: (..., rows, cols) -> (..., *group_shape)."""
     if granularity == "tensor":
-        return x.sum(dim=(-2, -1))
+        return x.sum(dim=(-2, -1), dtype=dtype)
     if granularity == "row":
-        return x.sum(dim=-1)
+        return x.sum(dim=-1, dtype=dtype)
     rows, cols = x.shape[-2:]
     a, b = group_shape(rows, cols, granularity, tile)
     x = F.pad(x, (0, b * tile - cols, 0, a * tile - rows))
-    return x.unflatten(-1, (b, tile)).unflatten(-3, (a, tile)).sum(dim=(-3, -1))
+    return x.unflatten(-1, (b, tile)).unflatten(-3, (a, tile)).sum(dim=(-3, -1), dtype=dtype)
 
 
 def expand_groups(scales: Tensor, rows: int, cols: int, granularity: Granularity, tile: int) -> Tensor:

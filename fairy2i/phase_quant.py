@@ -16,14 +16,15 @@ A code is two bits, ``imaginary * 2 + positive``: 0 = -1, 1 = +1, 2 = -i, 3 = +i
     joint    least squares over all stages at once, for the same codes; codes and scales then take turns (`refits`).
     learned  given from outside (parameters); only the codes are made here.
 
-All arithmetic is float32 whatever the dtype of the weight. `codes` and `scales` are the result; the dense weight is
-:func:`phase_dequantize` of them and nothing else, so fake-quantized and packed weights agree by construction.
+All arithmetic is float32 whatever the dtype of the weight; means are summed in float64 and rounded once, so that the
+order of the sum does not show and every backend has the same codes. `codes` and `scales` are the result; the dense
+weight is :func:`phase_dequantize` of them and nothing else, so fake-quantized and packed weights agree by construction.
 """
 
 import torch
 from torch import Tensor
 
-from .granularity import Granularity, expand_groups, group_sum
+from .granularity import Granularity, expand_groups, group_sum, wide
 from .widely_linear import from_parts, parts_gradient, to_parts
 
 SCALE_MIN = 1e-6  # the paper's clamp; also what a group gets that has no entry on an axis
@@ -93,9 +94,9 @@ def _encode_stages(
         if given is None:
             means = []
             for part, unit in ((re, unit_re), (im, unit_im)):
-                count = group_sum(unit.abs(), granularity, tile)
-                total = group_sum(part * unit, granularity, tile)  # part * unit = |part| where the unit is on this axis
-                means.append((total / count.clamp(min=1)).clamp(min=SCALE_MIN))
+                count = group_sum(unit.abs(), granularity, tile, wide(unit))
+                total = group_sum(part * unit, granularity, tile, wide(part))  # |part| where the unit is on this axis
+                means.append((total / count.clamp(min=1)).float().clamp(min=SCALE_MIN))
             scale = torch.stack(means, dim=1)
         else:
             scale = given[t]
@@ -209,5 +210,5 @@ def phase_scale_gradient(grad: Tensor, codes: Tensor, *, granularity: Granularit
         float32 (T, 2, 2, *group).
     """
     grads = parts_gradient(grad.float())
-    sums = [group_sum(g * unit, granularity, tile) for g, unit in zip(grads, phase_units(codes), strict=True)]
-    return torch.stack(sums, dim=2)
+    products = [g * unit for g, unit in zip(grads, phase_units(codes), strict=True)]
+    return torch.stack([group_sum(x, granularity, tile, wide(x)).float() for x in products], dim=2)

@@ -2,9 +2,12 @@
 
 The forward multiplies with the quantized weight q exactly (not `w + (q - w).detach()`, which rounds to something else
 in bfloat16). The backward is straight-through: the gradient of q is handed to the master weight as it is, because the
-widely-linear transform is linear and invertible. q is not kept for the backward; it is made again there, so a layer
-holds no dense copy while its activations wait. Learned scales get the true gradient with the codes held constant,
-times LSQ's 1/sqrt(codes per scale) (arXiv 1902.08153).
+widely-linear transform is linear and invertible. q is not kept for the backward; it is made again there from the same
+scales, so a layer holds no dense copy while its activations wait. Learned scales get the true gradient with the codes
+held constant, times LSQ's 1/sqrt(codes per scale) (arXiv 1902.08153).
+
+On GPUs the kernels of :mod:`fairy2i.ops.training` make q; elsewhere, and for what they do not cover, PyTorch does.
+Inside :func:`fairy2i.reuse.reuse_quantized` q is made once and kept, as codes or as it is, while the weight stays.
 """
 
 import math
@@ -15,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .schemes import Scheme, method_name
+from .ops import training as ops
+from .schemes import PhaseScheme, Scheme, method_name
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -30,15 +34,75 @@ def keep_float32(cast: Tensor, exact: Tensor) -> Tensor:
     return cast if cast.dtype == torch.float32 else exact.to(cast.device)
 
 
-def _scale_gradient(scheme: Scheme, grad_dense: Tensor, codes: Tensor, count: int) -> Tensor:
-    """Return the gradient of ``count`` scales; a complex code uses one of its two scales."""
-    return scheme.scale_gradient(grad_dense, codes) / math.sqrt(codes.numel() / count)
+def _settings(scheme: Any) -> tuple[int, str, int]:
+    return scheme.stages, scheme.granularity, scheme.tile
+
+
+def _fused(scheme: Scheme, tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Return whether kernels quantize a weight of this dtype (default: the tensor's) on the device of this tensor."""
+    if not isinstance(scheme, PhaseScheme) or getattr(scheme, "rotation", 0):  # PyTorch rotates
+        return False
+    return ops.fused(tensor, scheme.stages, dtype)
+
+
+def _dense(
+    scheme: Scheme, weight: Tensor, scales: Tensor | None, dtype: torch.dtype, after: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Return q(weight), rounded to the weight's dtype and then to ``dtype``, and what makes it again: scales, or None.
+
+    ``after`` is the gradient in a backward: see :mod:`fairy2i.ops.training`.
+    """
+    if _fused(scheme, weight) and (scales is not None or scheme.scales == "mean"):
+        if scales is None:
+            dense, scales, _ = torch.ops.fairy2i.phase_quantize_mean(weight, *_settings(scheme), dtype, False)
+        else:
+            dense, _ = torch.ops.fairy2i.phase_quantize_given(weight, scales, *_settings(scheme), dtype, False, after)
+        return dense, scales
+    codes, used = scheme.quantize(weight, scales)
+    dense = scheme.dequantize(codes, used).to(weight.dtype).to(dtype)
+    return dense, used if scales is None and scheme.scales == "mean" else scales  # joint codes are not greedy ones
+
+
+def quantize_to_keep(scheme: Scheme, weight: Tensor, scales: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the codes of a weight, block codes where the scheme is of phases, and the scales used."""
+    if not isinstance(scheme, PhaseScheme):
+        return scheme.quantize(weight, scales)
+    if not _fused(scheme, weight) or (scales is None and scheme.scales != "mean"):
+        codes, used = scheme.quantize(weight, scales)
+        return ops.to_blocks(codes), used
+    if scales is None:
+        _, scales, blocks = torch.ops.fairy2i.phase_quantize_mean(weight, *_settings(scheme), None, True)
+        return blocks, scales
+    _, blocks = torch.ops.fairy2i.phase_quantize_given(weight, scales, *_settings(scheme), None, True, None)
+    return blocks, ops.clamped(scales)
+
+
+def _codes(scheme: Scheme, weight: Tensor | None, scales: Tensor | None, kept: Tensor | None) -> tuple[Tensor, Any]:
+    """Return codes and scales by PyTorch, from what :func:`quantize_to_keep` returned where that is given."""
+    if kept is None:
+        assert weight is not None
+        return scheme.quantize(weight, scales)
+    return ops.from_blocks(kept, scheme.stages) if isinstance(scheme, PhaseScheme) else kept, scales
+
+
+def _dense_of_kept(
+    scheme: Scheme, kept: Tensor, scales: Tensor, master: torch.dtype, dtype: torch.dtype, after: Tensor | None = None
+) -> Tensor:
+    if _fused(scheme, kept, master):
+        return torch.ops.fairy2i.phase_dequantize_blocks(kept, scales, *_settings(scheme), master, dtype, after)
+    return scheme.dequantize(*_codes(scheme, None, scales, kept)).to(master).to(dtype)
+
+
+def _lsq_root(scheme: Scheme, shape: torch.Size, scales: Tensor) -> float:
+    """Return the root of the codes per scale; a complex code uses one of its two scales."""
+    return math.sqrt(math.prod(scheme.code_shape(*shape)) / scales.numel())
 
 
 class _QuantizedLinear(torch.autograd.Function):
     """y = x q(weight)^T + bias, with identity gradient from q to weight and no q kept in between.
 
     Where ``exact`` is given it is what the scales are, and ``scales``, a rounded copy, only takes the gradient.
+    ``kept`` is q of this weight from before: dense, or codes with ``kept_scales``.
     """
 
     @staticmethod
@@ -50,35 +114,64 @@ class _QuantizedLinear(torch.autograd.Function):
         exact: Tensor | None,
         bias: Tensor | None,
         scheme: Scheme,
+        kept: Tensor | None,
+        kept_scales: Tensor | None,
     ) -> Tensor:
         used = scales if exact is None else exact
-        ctx.save_for_backward(x, weight, used)
         ctx.scheme = scheme
+        ctx.fused = _fused(scheme, weight)
+        ctx.master = weight.dtype
         ctx.scale_dtype = None if scales is None else scales.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        dense = scheme.dequantize(*scheme.quantize(weight, used)).to(weight.dtype).to(x.dtype)
+        if kept is None:
+            dense, again = _dense(scheme, weight, used, x.dtype)
+            ctx.save_for_backward(x, weight, again, None)
+        elif kept.is_floating_point():
+            dense = kept
+            ctx.save_for_backward(x, None if used is None else weight, used, kept)
+        else:
+            assert kept_scales is not None
+            dense = _dense_of_kept(scheme, kept, kept_scales, weight.dtype, x.dtype)
+            ctx.save_for_backward(x, None, kept_scales, kept)
         return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scales = ctx.saved_tensors
+        x, weight, scales, kept = ctx.saved_tensors
         scheme: Scheme = ctx.scheme
-        need_x, need_weight, need_scales, _, need_bias, _ = ctx.needs_input_grad
+        need_x, need_weight, need_scales, _, need_bias, *_ = ctx.needs_input_grad
         grad_x = grad_weight = grad_scales = grad_bias = None
         rows = grad.reshape(-1, grad.shape[-1])
-        codes, used = scheme.quantize(weight, scales)  # made again, not kept: codes depend on nothing else
+        dense = kept if kept is not None and kept.is_floating_point() else None
+        blocks = kept if dense is None else None
+        codes = None  # made again, not kept: they depend on nothing but weight and scales
+        if not ctx.fused and (need_scales or (need_x and dense is None)):
+            codes, scales = _codes(scheme, weight, scales, blocks)
         if need_x:
-            grad_x = grad @ scheme.dequantize(codes, used).to(weight.dtype).to(x.dtype)
+            if dense is None and codes is not None:
+                dense = scheme.dequantize(codes, scales).to(ctx.master).to(x.dtype)
+            elif dense is None and blocks is not None:
+                dense = _dense_of_kept(scheme, blocks, scales, ctx.master, x.dtype, after=grad)
+            elif dense is None:
+                dense, _ = _dense(scheme, weight, scales, x.dtype, after=grad)
+            grad_x = grad @ dense
+        dense = kept = None
         if need_weight or need_scales:
             grad_dense = rows.mT @ x.reshape(-1, x.shape[-1])
             if need_weight:
-                grad_weight = grad_dense.to(weight.dtype)
+                grad_weight = grad_dense.to(ctx.master)
             if need_scales:
-                grad_scales = _scale_gradient(scheme, grad_dense, codes, scales.numel()).to(ctx.scale_dtype)
+                if codes is None:
+                    some = grad_dense if weight is None else weight
+                    settings = _settings(scheme)
+                    grad_scales = torch.ops.fairy2i.phase_scale_gradient(grad_dense, some, blocks, scales, *settings)
+                else:
+                    grad_scales = scheme.scale_gradient(grad_dense, codes)
+                grad_scales = (grad_scales / _lsq_root(scheme, grad_dense.shape, scales)).to(ctx.scale_dtype)
         if need_bias:
             grad_bias = rows.sum(0).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_scales, None, grad_bias, None
+        return grad_x, grad_weight, grad_scales, None, grad_bias, None, None, None
 
 
 class _QuantizedWeight(torch.autograd.Function):
@@ -87,10 +180,10 @@ class _QuantizedWeight(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scales: Tensor | None, exact: Tensor | None, scheme: Scheme) -> Tensor:
         used = scales if exact is None else exact
-        ctx.save_for_backward(weight, used)
+        ctx.save_for_backward(None if scales is None else weight, used)
         ctx.scheme = scheme
         ctx.scale_dtype = None if scales is None else scales.dtype
-        return scheme.dequantize(*scheme.quantize(weight, used)).to(weight.dtype)
+        return _dense(scheme, weight, used, weight.dtype)[0]
 
     @staticmethod
     @once_differentiable
@@ -98,8 +191,12 @@ class _QuantizedWeight(torch.autograd.Function):
         weight, scales = ctx.saved_tensors
         grad_scales = None
         if ctx.needs_input_grad[1]:
-            codes, _ = ctx.scheme.quantize(weight, scales)
-            grad_scales = _scale_gradient(ctx.scheme, grad, codes, scales.numel()).to(ctx.scale_dtype)
+            scheme = ctx.scheme
+            if _fused(scheme, weight):
+                grad_scales = torch.ops.fairy2i.phase_scale_gradient(grad, weight, None, scales, *_settings(scheme))
+            else:
+                grad_scales = scheme.scale_gradient(grad, scheme.quantize(weight, scales)[0])
+            grad_scales = (grad_scales / _lsq_root(scheme, grad.shape, scales)).to(ctx.scale_dtype)
         return grad, grad_scales, None, None
 
 
@@ -119,6 +216,9 @@ class QATLinear(nn.Linear):
 
     scales: nn.Parameter | None
     exact_scales: Tensor | None = None  # float32, where sharding rounds `scales`: see keep_scales_exact
+    reuse: Any = None  # what keeps the quantized weight now, and how: see fairy2i.reuse
+    kept: Tensor | None = None  # the quantized weight, dense or as codes, for as long as the weight stays
+    kept_scales: Tensor | None = None
 
     def __init__(
         self,
@@ -214,12 +314,16 @@ class QATLinear(nn.Linear):
     @torch.no_grad()
     def codes_and_scales(self) -> tuple[Tensor, Tensor]:
         """Return what the forward uses: (codes uint8, scales float32), shaped as the scheme says."""
-        return self.scheme.quantize(self.matrix, self.group_scales)
+        matrix, scheme = self.matrix, self.scheme
+        if _fused(scheme, matrix):  # what the kernels find, to the last bit
+            blocks, scales = quantize_to_keep(scheme, matrix, self.group_scales)
+            return ops.from_blocks(blocks, _settings(scheme)[0]), scales
+        return scheme.quantize(matrix, self.group_scales)
 
     @torch.no_grad()
     def quantized_weight(self) -> Tensor:
         """Return the dense quantized weight, (out_features, in_features) in the dtype of the master weight."""
-        return self.scheme.dequantize(*self.codes_and_scales()).to(self.weight.dtype)
+        return _dense(self.scheme, self.matrix, self.group_scales, self.weight.dtype)[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features) with the quantized weight.
@@ -231,14 +335,31 @@ class QATLinear(nn.Linear):
         dtype = autocast_dtype(x)
         if dtype is None and x.dtype != self.weight.dtype:
             raise RuntimeError(f"input is {x.dtype} but the weight is {self.weight.dtype}; cast one or use autocast")
+        x = x.to(dtype or x.dtype)
+        kept = None
+        if self.reuse is not None:
+            if not torch.compiler.is_compiling():  # a compiled forward takes what is there
+                self.reuse.refresh(self, x.dtype)
+            kept = self.kept
+            if kept is not None and kept.is_floating_point() and kept.dtype != x.dtype:
+                kept = None
         scales, exact = self._grouped(self.scales), self._grouped(self._exact)
-        return _QuantizedLinear.apply(x.to(dtype or x.dtype), matrix, scales, exact, self.bias, self.scheme)
+        return _QuantizedLinear.apply(x, matrix, scales, exact, self.bias, self.scheme, kept, self.kept_scales)
 
     def extra_repr(self) -> str:
         """Show the method beside the sizes."""
         return f"{super().extra_repr()}, method={method_name(self.scheme)}"
 
+    def let_go(self) -> None:
+        """Forget the kept quantized weight."""
+        self.kept = self.kept_scales = None
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.let_go()
+        super()._load_from_state_dict(*args, **kwargs)
+
     def _apply(self, fn: Any, recurse: bool = True) -> "QATLinear":
+        self.let_go()
         exact = None if self.scales is None else self.scales.data
         grad = None if self.scales is None or self.scales.grad is None else self.scales.grad.data
         super()._apply(fn, recurse)

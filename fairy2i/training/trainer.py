@@ -15,11 +15,12 @@ from torch import nn
 from transformers import TrainingArguments, default_data_collator, set_seed
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..convert import replace_modules_for_qat
 from ..loading import load_model_and_tokenizer, parse_method, read_documents
 from ..qat import QATLinear
+from ..reuse import Kept, Reuse, reuse_quantized
 from .callbacks import LogLines, StopAndSave
 from .checkpoints import WholeCheckpoints, checkpoints, last_checkpoint
 from .data import TokenBlocks, tokenize_documents
@@ -111,6 +112,13 @@ class QATTrainingArguments(TrainingArguments):
         metadata={
             "help": "Schedule as segments [last step, factor of the peak, shape]: linear, cosine or none to hold, as "
             '[[300, 1.0, "linear"], [8000, 1.0], [10000, 0.1667, "cosine"]]. It takes the place of lr_scheduler_type.'
+        },
+    )
+    reuse_quantized: Literal["auto", "off", "codes", "dense"] = field(
+        default="auto",
+        metadata={
+            "help": "Keep quantized weights over the micro-batches of a step and over an evaluation: as codes (a byte "
+            "for 4 weights at up to 2 stages) or dense. auto: codes, in steps of more than one micro-batch."
         },
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
@@ -210,6 +218,52 @@ class QATTrainer(MonitoredTrainer, WholeCheckpoints, HeldOutLoss):
             place_teacher(teacher, self.args.device, dtype, shard=fsdp2, offload=teacher_offload)
             self.model_accepts_loss_kwargs = True  # the sum is divided by the tokens of all accumulated batches
 
+        self._reuse: Reuse | None = None  # open between the first and the last micro-batch of a step
+
+    def _kept(self, steps: bool) -> Kept | None:
+        """Return how to keep quantized weights over the micro-batches of a step, or over an evaluation; None: not."""
+        asked = getattr(self.args, "reuse_quantized", "auto")
+        if self.is_deepspeed_enabled or self.args.n_gpu > 1:  # weights in parts; replicas on other devices
+            return None
+        if steps and asked == "auto" and self.args.gradient_accumulation_steps == 1:
+            return None
+        between = [callback for callback in self.callback_handler.callbacks if _is_called_between(callback)]
+        if steps and between:
+            return None  # they run between micro-batches, and could write weights past all notice
+        kept: dict[str, Kept] = {"auto": "codes", "codes": "codes", "dense": "dense"}
+        return kept.get(asked)
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Do a micro-batch, with weights quantized in the first one of the step; the last one lets go of them."""
+        if self._reuse is None and (kept := self._kept(steps=True)) is not None:
+            self._reuse = Reuse(model, kept, torch.bfloat16 if self.args.bf16 else None)
+            self._reuse.begin()
+        elif self._reuse is not None:
+            self._reuse.refresh_all()
+        try:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        except BaseException:
+            self._let_go()
+            raise
+        if self.accelerator.sync_gradients:  # the optimizer is next
+            self._let_go()
+        return loss
+
+    def _let_go(self) -> None:
+        if self._reuse is not None:
+            self._reuse.end()
+            self._reuse = None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate, with weights quantized once."""
+        self._let_go()
+        kept = self._kept(steps=False)
+        if kept is None:
+            return super().evaluation_loop(*args, **kwargs)
+        model: Any = self.model
+        with reuse_quantized(model, kept, torch.bfloat16 if self.args.bf16 else None):
+            return super().evaluation_loop(*args, **kwargs)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Return the optimizer that the arguments ask for, with learned scales in a group of their own, undecayed."""
         fresh = self.optimizer is None
@@ -266,6 +320,10 @@ class QATTrainer(MonitoredTrainer, WholeCheckpoints, HeldOutLoss):
             and getattr(student, "loss_function", None) is ForCausalLMLoss
             and not getattr(student.config, "output_router_logits", False)  # their balance is part of the loss
         )
+
+
+def _is_called_between(callback: TrainerCallback) -> bool:
+    return type(callback).on_substep_end is not TrainerCallback.on_substep_end
 
 
 def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> None:

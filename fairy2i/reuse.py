@@ -1,0 +1,149 @@
+"""Keep quantized weights while the weights that they are of stay: quantize once for each step of the optimizer.
+
+Between two steps of the optimizer each forward, recomputation and backward quantizes the same weight to the same
+values. Inside :func:`reuse_quantized` that happens once, and what it gave is kept,
+
+    codes    1 byte for 4 weights at one or two stages, 2 bytes at three or four. The dense weight is made from them at
+             each use: less to read than the weight, and no scales to find.
+    dense    the dense quantized weight itself, as large as the weight in the dtype of the activations. Nothing to make.
+
+A value is kept for one tensor at one address at one version, and every use looks at the three: a copy, a loaded state
+dict or another tensor in its place make it anew. The step of any torch optimizer lets go of everything (fused AdamW
+leaves the version as it is). What else writes past the version counter (through `.data`, or FSDP2's gathering, which
+sets it back) cannot be seen, so there the scope itself is what is safe: open it where nothing writes weights, and close
+it before something does. :class:`fairy2i.training.trainer.QATTrainer` has it open from the first to the last
+micro-batch of a step, and during an evaluation. ``verify`` quantizes again at each use and compares.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .qat import QATLinear, _dense, quantize_to_keep
+
+Kept = Literal["codes", "dense"]
+KEPT = ("codes", "dense")
+
+
+class Reuse:
+    """What :func:`reuse_quantized` gives: the state of an open scope.
+
+    Args:
+        model, what, dtype, verify: as for :func:`reuse_quantized`.
+    """
+
+    def __init__(
+        self, model: nn.Module, what: Kept = "codes", dtype: torch.dtype | None = None, verify: bool = False
+    ) -> None:
+        if what not in KEPT:
+            raise ValueError(f"what is kept is one of {', '.join(KEPT)}, not {what!r}")
+        self.what = what
+        self.dtype = dtype
+        self.verify = verify
+        self.sharded = any(isinstance(module, FSDPModule) for module in model.modules())
+        self.layers = [module for module in model.modules() if isinstance(module, QATLinear)]
+        self._seen: dict[int, tuple[Any, ...]] = {}
+        self._hook: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a copy of a layer, or a saved one, is in no scope
+
+    def begin(self) -> None:
+        """Open the scope; weights that are whole now are quantized now, as a compiled forward cannot fill the place."""
+        self.let_go()
+        for layer in self.layers:
+            layer.reuse = self
+        self._hook = register_optimizer_step_post_hook(self.let_go)
+        self.refresh_all()
+
+    def end(self) -> None:
+        """Close the scope and let go of what was kept; harmless where none is open."""
+        self.let_go()
+        for layer in self.layers:
+            layer.reuse = None
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def let_go(self, *_: Any) -> None:
+        """Forget what is kept, and go on keeping."""
+        for layer in self.layers:
+            layer.let_go()
+        self._seen.clear()
+
+    def refresh_all(self) -> None:
+        """Quantize what has changed since; the first use of a layer does it too, if its forward is not compiled."""
+        if not self.sharded:  # FSDP2 gathers weights for their use, and that is when they can be quantized
+            for layer in self.layers:
+                self.refresh(layer, self.dtype or layer.weight.dtype)
+
+    def _stamp(self, layer: QATLinear) -> tuple[Any, ...]:
+        if self.sharded:  # a gathered weight has a new address each time, and scales are gathered anew into one place
+            return (layer.weight, layer.weight._version)
+        tensors = [t for t in (layer.weight, layer.scales, layer.exact_scales) if t is not None]
+        return tuple(value for t in tensors for value in (t, t._version, t.data_ptr()))
+
+    @torch.no_grad()
+    def refresh(self, layer: QATLinear, dtype: torch.dtype) -> None:
+        """Quantize a layer's weight unless what is kept is of this weight, and of this dtype where it is dense."""
+        if layer.weight.is_meta or layer.weight.numel() != layer.in_features * layer.out_features:
+            layer.let_go()
+            return
+        stamp, seen = self._stamp(layer), self._seen.get(id(layer))
+        same = seen is not None and len(seen) == len(stamp) and all(map(_same, stamp, seen))
+        if same and layer.kept is not None and (self.what == "codes" or layer.kept.dtype == dtype):
+            if self.verify:
+                self._check(layer, dtype)
+            return
+        layer.kept, layer.kept_scales = self._quantize(layer, dtype)
+        self._seen[id(layer)] = stamp
+
+    def _quantize(self, layer: QATLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        matrix, scales = layer.matrix.detach(), layer.group_scales
+        if self.what == "dense":
+            return _dense(layer.scheme, matrix, scales, dtype)[0], None
+        return quantize_to_keep(layer.scheme, matrix, scales)
+
+    def _check(self, layer: QATLinear, dtype: torch.dtype) -> None:
+        now, kept = self._quantize(layer, dtype), (layer.kept, layer.kept_scales)
+        if any(a is not None and not torch.equal(a, b) for a, b in zip(now, kept, strict=True) if b is not None):
+            raise RuntimeError(
+                f"the kept quantized weight of {layer} is stale: something wrote the weight past its version counter "
+                "(through .data?) inside reuse_quantized; close the scope before"
+            )
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b if isinstance(a, Tensor) or isinstance(b, Tensor) else a == b
+
+
+@contextmanager
+def reuse_quantized(
+    model: nn.Module, what: Kept = "codes", dtype: torch.dtype | None = None, verify: bool = False
+) -> Iterator[Reuse]:
+    """Quantize each weight once inside this scope, and use the result until the weight changes.
+
+    Results are the same bit for bit. In-place changes of a weight, and another tensor in its place, are noticed; writes
+    through ``.data`` are not, see the module. Nested scopes: the inner one counts, and none is open after it.
+
+    Args:
+        model: its QATLinear layers; DDP and FSDP2 too. On FSDP2 the kept values are whole on each process, and a layer
+            in a compiled block is quantized at each use as without the scope.
+        what: "codes" or "dense".
+        dtype: of dense values, where autocast computes in another one than that of the weights.
+        verify: quantize again at each use, and raise RuntimeError if the result is another than what was kept.
+
+    Raises:
+        ValueError: ``what`` is unknown.
+    """
+    reuse = Reuse(model, what, dtype, verify)
+    reuse.begin()
+    try:
+        yield reuse
+    finally:
+        reuse.end()
