@@ -19,6 +19,7 @@ Layers go in the order in which the model calls them. Each sees the inputs that 
 activations of one decoder block are in memory at a time.
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from tqdm import tqdm
 from .granularity import expand_groups
 from .phase_quant import SCALE_MIN, phase_encode, phase_units
 from .qat import QATLinear
+from .rotation import rotate
 from .schemes import PhaseScheme, method_name
 from .widely_linear import from_parts, to_parts
 
@@ -200,9 +202,10 @@ def calibrate_layer(
     Returns:
         The relative error of the output before and after.
     """
-    scheme = layer.scheme
-    assert isinstance(scheme, PhaseScheme)
-    weight = layer.matrix.detach().float() if target is None else target
+    assert isinstance(layer.scheme, PhaseScheme)
+    scheme = dataclasses.replace(layer.scheme, rotation=0)  # all of this goes on in the basis of the codes
+    weight = rotate(layer.matrix.detach().float() if target is None else target, layer.scheme.rotation)
+    gram = rotate(rotate(gram, layer.scheme.rotation).T, layer.scheme.rotation)
     codes, scales = scheme.quantize(weight)
     before = output_error(weight, scheme.dequantize(codes, scales), gram)
     best, master = before, weight
@@ -221,7 +224,7 @@ def calibrate_layer(
         if error < best:
             best, master = error, dense
             layer.group_scales.copy_(scales)  # type: ignore[union-attr]
-    layer.matrix.copy_(master)
+    layer.matrix.copy_(rotate(master, layer.scheme.rotation))
     return before, best
 
 

@@ -19,6 +19,7 @@ from .baselines import real_dequantize, real_quantize, real_scale_gradient
 from .granularity import GRANULARITIES, Granularity, group_shape
 from .packing import packed_columns
 from .phase_quant import phase_dequantize, phase_quantize, phase_scale_gradient
+from .rotation import ROTATIONS, rotate
 
 ScaleKind = Literal["mean", "joint", "learned"]
 
@@ -42,16 +43,21 @@ class Scheme(ABC):
         tile: side of a tile in entries; used by "tile" only.
         scales: "mean" (recomputed from the weight), "joint" (least squares over the stages, recomputed) or "learned"
             (a trained parameter that starts from the fit).
+        rotation: width of the blocks of input features that are mixed before the weight is quantized
+            (:mod:`fairy2i.rotation`), 0 for none. Codes and scales are those of the rotated weight; what goes in and
+            comes out as a dense weight or its gradient is in the basis of the model.
     """
 
     kind: ClassVar[str]
     granularity: Granularity = "tensor"
     tile: int = 64
     scales: ScaleKind = "mean"
+    rotation: int = 0
 
     def __post_init__(self) -> None:
         _check_choice("granularity", self.granularity, GRANULARITIES)
         _check_int("tile", self.tile, 1, 1 << 20)
+        _check_choice("rotation", self.rotation, ROTATIONS)
 
     @property
     def learned(self) -> bool:
@@ -92,6 +98,10 @@ class Scheme(ABC):
     def scale_gradient(self, grad: Tensor, codes: Tensor) -> Tensor:
         """Return the gradient of the scales from the (out, in) gradient of the dense weight."""
 
+    def _rotated(self, weight: Tensor) -> Tensor:
+        """Return an (out, in) matrix in the basis of the codes, float32 where that is another one."""
+        return rotate(weight.float(), self.rotation) if self.rotation else weight
+
     def bits_per_weight(self, out_features: int, in_features: int) -> float:
         """Return the true bits per real weight as stored: packed codes, padding included, plus float32 scales."""
         codes = 8 * math.prod(self.packed_shape(out_features, in_features))
@@ -99,8 +109,11 @@ class Scheme(ABC):
         return (codes + scales) / (out_features * in_features)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-able dict that :func:`scheme_from_dict` reads back."""
-        return {"kind": self.kind, **dataclasses.asdict(self)}
+        """Return a JSON-able dict that :func:`scheme_from_dict` reads back; a rotation is in it where there is one."""
+        fields = {"kind": self.kind, **dataclasses.asdict(self)}
+        if not self.rotation:  # as checkpoints were written before there were rotations
+            del fields["rotation"]
+        return fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +156,7 @@ class PhaseScheme(Scheme):
 
     def quantize(self, weight: Tensor, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return phase_quantize(
-            weight,
+            self._rotated(weight),
             stages=self.stages,
             granularity=self.granularity,
             tile=self.tile,
@@ -152,10 +165,10 @@ class PhaseScheme(Scheme):
         )
 
     def dequantize(self, codes: Tensor, scales: Tensor) -> Tensor:
-        return phase_dequantize(codes, scales, granularity=self.granularity, tile=self.tile)
+        return rotate(phase_dequantize(codes, scales, granularity=self.granularity, tile=self.tile), self.rotation)
 
     def scale_gradient(self, grad: Tensor, codes: Tensor) -> Tensor:
-        return phase_scale_gradient(grad, codes, granularity=self.granularity, tile=self.tile)
+        return phase_scale_gradient(self._rotated(grad), codes, granularity=self.granularity, tile=self.tile)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,13 +201,16 @@ class RealScheme(Scheme):
         return 1 if self.levels == 2 else 2
 
     def quantize(self, weight: Tensor, scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return real_quantize(weight, levels=self.levels, granularity=self.granularity, tile=self.tile, scales=scales)
+        rotated = self._rotated(weight)
+        return real_quantize(rotated, levels=self.levels, granularity=self.granularity, tile=self.tile, scales=scales)
 
     def dequantize(self, codes: Tensor, scales: Tensor) -> Tensor:
-        return real_dequantize(codes, scales, levels=self.levels, granularity=self.granularity, tile=self.tile)
+        dense = real_dequantize(codes, scales, levels=self.levels, granularity=self.granularity, tile=self.tile)
+        return rotate(dense, self.rotation)
 
     def scale_gradient(self, grad: Tensor, codes: Tensor) -> Tensor:
-        return real_scale_gradient(grad, codes, levels=self.levels, granularity=self.granularity, tile=self.tile)
+        rotated = self._rotated(grad)
+        return real_scale_gradient(rotated, codes, levels=self.levels, granularity=self.granularity, tile=self.tile)
 
 
 def mean_bits_per_weight(layers: Iterable[tuple[Scheme, tuple[int, int]]]) -> float:

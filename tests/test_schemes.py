@@ -12,7 +12,11 @@ from hypothesis import strategies as st
 from fairy2i import METHODS, PhaseScheme, RealScheme
 from fairy2i.schemes import method_name, resolve_method, scheme_from_dict
 
-COMMON = {"granularity": st.sampled_from(["tensor", "row", "tile"]), "tile": st.integers(1, 300)}
+COMMON = {
+    "granularity": st.sampled_from(["tensor", "row", "tile"]),
+    "tile": st.integers(1, 300),
+    "rotation": st.sampled_from([0, 4, 16, 64, 256]),
+}
 SCHEMES = st.one_of(
     st.builds(
         PhaseScheme,
