@@ -7,7 +7,7 @@ Hadamard matrix H mixes the features of a block so that all of them look alike (
     y = q(R') H x        q(R') in the rotated basis: what is stored, and what a kernel multiplies with the rotated x
       = (q(R') H) x      the dense weight in the basis of the model, which is what everything else sees.
 
-Blocks are powers of four wide. So 1/sqrt(width) is a power of two, multiplying by it is exact, and sums in a fixed order
+Blocks are powers of four wide. So 1/sqrt(width) is a power of two, multiplying by it is exact, and sums in one order
 give the same bits on every device. Work at run time, in a kernel that rotates x: log2(width) additions a feature.
 """
 
