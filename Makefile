@@ -34,7 +34,7 @@ notebook: $(READY)
 	    nbformat.write(book, '$(NOTEBOOK)')"
 
 # torch first and by itself: where a CPU build of the pinned version is at hand, nothing later replaces it
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt CMakeLists.txt $(wildcard fairy2i/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"

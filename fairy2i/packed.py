@@ -1,21 +1,62 @@
 """PackedLinear: a linear layer that keeps its weight as packed codes and scales, for inference.
 
-This is the reference: each forward unpacks the codes and rebuilds the dense weight for itself, in pure PyTorch, and
-lets it go again. The result is that of the QATLinear it came from, bit for bit in the dtype of its master weight,
-because both go through the same `Scheme.dequantize`. The input's gradient is there (for adapters trained on top), the
-weight's is not.
+What multiplies is the *backend*, :func:`use_backend`:
+
+    reference   pure PyTorch: each forward unpacks the codes, rebuilds the dense weight and lets it go again. The result
+                is that of the QATLinear it came from, bit for bit in the dtype of its master weight, because both go
+                through the same `Scheme.dequantize`. The input's gradient is there (for adapters trained on top), the
+                weight's is not.
+    cpu_exact   a CPU kernel that adds and subtracts float32 activations and multiplies by scales at the end: the
+                reference's result but for the rounding of float32 sums.
+    cpu_int8    a CPU kernel that rounds activations to 8 bits, in groups of 256 with a scale each; faster.
+    auto        cpu_exact where it can be used: on the CPU, in eval mode, with no gradient to give; else the reference.
+                The environment variable FAIRY2I_BACKEND makes it another one, for a whole process.
+
+A CPU kernel wants codes in another order. A layer repacks them at the first call and then holds that form alone, as the
+buffer ``words``; reading ``codes``, saving or moving the layer puts them back in the order of the format.
 """
 
-from typing import Any
+import logging
+import os
+import threading
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .ops import cpu
+from .ops.inference import code_rows_and_columns, layout_of, packed_linear
 from .packing import pack_codes, unpack_codes
 from .qat import QATLinear, autocast_dtype, keep_float32
 from .schemes import Scheme, method_name
+
+logger = logging.getLogger(__name__)
+
+Backend = Literal["auto", "reference", "cpu_exact", "cpu_int8"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+
+_default = os.environ.get("FAIRY2I_BACKEND", "auto")
+if _default not in BACKENDS:
+    raise ValueError(f"FAIRY2I_BACKEND is one of {', '.join(BACKENDS)}, not {_default!r}")
+
+_told: set[str] = set()  # lines that were logged: each comes once in a process
+_repacking = threading.Lock()
+
+
+def _tell(level: int, line: str) -> None:
+    if line not in _told:
+        _told.add(line)
+        logger.log(level, line)
+
+
+@torch.compiler.assume_constant_result
+def _kernels_on() -> bool:
+    """Return whether there are CPU kernels; say once in a process why there are none."""
+    if reason := cpu.why_off():
+        _tell(logging.WARNING, f"packed layers are multiplied by PyTorch, slowly: {reason}")
+    return reason is None
 
 
 class _PackedMultiply(torch.autograd.Function):
@@ -48,16 +89,19 @@ class PackedLinear(nn.Module):
 
     Attributes:
         codes: uint8, shape ``scheme.packed_shape(out_features, in_features)``, laid out as :mod:`fairy2i.packing` says.
+            A copy, made anew at each access, once a kernel has repacked them.
         scales: float32, shape ``scheme.scale_shape(out_features, in_features)``; stays float32 when the module is cast.
 
     Raises:
         ValueError: the scheme cannot quantize this shape.
     """
 
-    codes: Tensor
     scales: Tensor
     keep_dense = False  # see keep_dense_weights
+    backend: str = "auto"  # see use_backend
     _kept: Tensor | None = None
+    _layout: tuple[int, ...] | None = None  # what ``words`` is
+    _kernel: cpu.Layer | None = None  # the same for the library; points at the memory of words and scales
 
     def __init__(
         self,
@@ -75,7 +119,7 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
         codes = torch.zeros(scheme.packed_shape(out_features, in_features), dtype=torch.uint8, device=device)
         scales = torch.zeros(scheme.scale_shape(out_features, in_features), dtype=torch.float32, device=device)
-        self.register_buffer("codes", codes)
+        self._buffers["codes"] = codes  # a persistent buffer; register_buffer would take the property for a clash
         self.register_buffer("scales", scales)
         self.bias = (
             nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype), requires_grad=False) if bias else None
@@ -94,11 +138,80 @@ class PackedLinear(nn.Module):
         )
         if not layer.weight.is_meta:
             codes, scales = layer.codes_and_scales()
-            new.codes.copy_(pack_codes(codes, layer.scheme.code_width))
+            new._buffers["codes"] = pack_codes(codes, layer.scheme.code_width)
             new.scales.copy_(scales)
             if new.bias is not None and layer.bias is not None:
                 new.bias.data.copy_(layer.bias.data)
         return new.train(layer.training)
+
+    @property
+    def words(self) -> Tensor | None:
+        """The codes as a kernel wants them, or None while the layer holds them in the order of the format."""
+        return self._buffers.get("words")
+
+    def _hold(self, codes: Tensor | None, words: Tensor | None) -> None:
+        self._buffers["codes"] = codes
+        if words is None:
+            self._buffers.pop("words", None)
+            self._non_persistent_buffers_set.discard("words")
+        else:
+            self._buffers["words"] = words
+            self._non_persistent_buffers_set.add("words")
+
+    @property
+    def codes(self) -> Tensor:
+        """The packed codes, in the order of the format."""
+        codes = self._buffers["codes"]
+        if codes is None and self.words is not None:
+            assert self._layout is not None
+            shape = code_rows_and_columns(self.out_features, self.in_features, self._layout[0])
+            return cpu.unpack(
+                self.words, self.scheme.packed_shape(self.out_features, self.in_features), shape, self._layout
+            )
+        assert codes is not None
+        return codes
+
+    def _repack(self, mode: str | None) -> None:
+        """Hold the codes as the kernel of a mode wants them, or with None in the order of the format."""
+        with _repacking:  # threads may share a model
+            layout = None if mode is None else layout_of(self.scheme, mode)
+            if layout == self._layout:
+                return
+            codes = self.codes
+            if layout is None:
+                self._hold(codes, None)
+                self._layout = self._kernel = None
+                return
+            shape = code_rows_and_columns(self.out_features, self.in_features, layout[0])
+            self.scales = self.scales.contiguous()
+            words = cpu.repack(codes, shape, layout)
+            kernel = cpu.describe(shape, layout, self.scales)
+            kernel.codes = words.data_ptr()
+            self._hold(None, words)
+            self._layout, self._kernel = layout, kernel
+
+    def backend_for(self, x: Tensor | None = None) -> str:
+        """Return the backend that multiplies such an input: "reference", "cpu_exact" or "cpu_int8".
+
+        Raises:
+            RuntimeError: a kernel was asked for by name and cannot be used, or not on this input.
+        """
+        backend = _default if self.backend == "auto" else self.backend
+        if backend == "reference":
+            return backend
+        problem = None
+        if self.scales.device.type != "cpu":
+            problem = f"the layer is on {self.scales.device}"
+        elif x is not None and x.dtype not in cpu.DTYPES:
+            problem = f"it does not take {x.dtype} activations"
+        elif getattr(getattr(self, "_hf_hook", None), "offload", False):
+            problem = "accelerate has offloaded the layer, and brings its codes for each call anew"
+        if backend == "auto":
+            usable = problem is None and not (self.training or self.keep_dense) and _kernels_on()
+            return "cpu_exact" if usable else "reference"
+        if problem is not None:
+            raise RuntimeError(f"the backend {backend} cannot be used: {problem}")
+        return backend
 
     def codes_and_scales(self) -> tuple[Tensor, Tensor]:
         """Return (codes uint8, scales float32), unpacked, as QATLinear.codes_and_scales does."""
@@ -133,19 +246,116 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_features) to (..., out_features) in the dtype of ``x`` (or of autocast)."""
-        return _PackedMultiply.apply(x.to(autocast_dtype(x) or x.dtype), self.bias, self)
+        if (dtype := autocast_dtype(x)) is not None:
+            x = x.to(dtype)
+        bias = self.bias
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            return _PackedMultiply.apply(x, bias, self)
+        if (backend := self.backend_for(x)) == "reference":
+            return F.linear(x, self.dense_weight_as(x.dtype), None if bias is None else bias.to(x.dtype))
+        return self._multiply(x, backend)
+
+    def _multiply(self, x: Tensor, backend: str) -> Tensor:
+        if x.shape[-1] != self.in_features:
+            raise RuntimeError(f"the layer has {self.in_features} input features, got an input of {tuple(x.shape)}")
+        layout = layout_of(self.scheme, backend)
+        ready = self._layout == layout
+        bias = None if self.bias is None else self.bias.detach()
+        if torch.compiler.is_compiling():  # repacked while the graph is made, if not before
+            words = self.words if ready else self._repacked(backend)
+            assert words is not None
+            return packed_linear(x, words, self.scales, bias, self.out_features, layout)
+        if not ready or (self._kernel is not None and self._kernel.scales != self.scales.data_ptr()):
+            self._repack(None)  # other scales were put into the layer
+            self._repacked(backend)
+        if _watched(x):
+            assert self.words is not None
+            return packed_linear(x, self.words, self.scales, bias, self.out_features, layout)
+        if bias is not None and bias.dtype != torch.float32:
+            bias = bias.float()
+        assert self._kernel is not None
+        return cpu.run(self._kernel, x.contiguous(), bias, self.out_features)
+
+    @torch.compiler.assume_constant_result
+    def _repacked(self, backend: str) -> Tensor:
+        self._repack(backend)
+        _tell(logging.INFO, f"packed layers: {backend}, {cpu.instruction_set()}, {torch.get_num_threads()} threads")
+        assert self.words is not None
+        return self.words
 
     def extra_repr(self) -> str:
-        """Show sizes and method as QATLinear does."""
+        """Show sizes and method as QATLinear does, and the backend."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{sizes}, method={method_name(self.scheme)}"
+        return f"{sizes}, method={method_name(self.scheme)}, backend={self._backend_shown()}"
+
+    def _backend_shown(self) -> str:
+        try:
+            used = self.backend_for()
+            if used != "reference":
+                cpu.library()
+        except RuntimeError as error:
+            return f"off ({error})"
+        return used if used == "reference" else f"{used} ({cpu.instruction_set()})"
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
+        self._repack(None)
         exact = self.scales
         super()._apply(fn, recurse)
         self.scales = keep_float32(self.scales, exact)
         self._kept = None
         return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._buffers["codes"] is None:
+            destination[prefix + "codes"] = self.codes
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._repack(None)
+        self._kept = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._layout is None:
+            return self.__dict__
+        buffers = {name: buffer for name, buffer in self._buffers.items() if name != "words"}
+        buffers["codes"] = self.codes  # a copy holds them in the order of the format
+        return {
+            **self.__dict__,
+            "_buffers": buffers,
+            "_non_persistent_buffers_set": self._non_persistent_buffers_set - {"words"},
+            "_layout": None,
+            "_kernel": None,
+        }
+
+
+def _watched(x: Tensor) -> bool:
+    """Return whether something looks at ops as they run, so that a call past the dispatcher would be missed."""
+    return type(x) not in (Tensor, nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing()
+
+
+def use_backend(model: nn.Module, backend: Backend) -> nn.Module:
+    """Choose what multiplies in the packed layers of a model; nothing that is saved depends on it.
+
+    Args:
+        model: any module.
+        backend: "auto", "reference", "cpu_exact" or "cpu_int8", as the head of :mod:`fairy2i.packed` tells.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: the name is unknown.
+        fairy2i.ops.cpu.KernelsUnavailable: a CPU kernel is asked for and there is no library.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}. Known backends: {', '.join(BACKENDS)}")
+    if backend in cpu.MODES:
+        cpu.library()
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.backend = backend
+    return model
 
 
 def keep_dense_weights(model: nn.Module, keep: bool = True) -> nn.Module:

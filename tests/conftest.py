@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the first import of transformers
+os.environ["FAIRY2I_BACKEND"] = "reference"  # what tests of formats compare bit for bit; kernels have tests/ops
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool of compiler processes on small machines
 
 from pathlib import Path

@@ -241,7 +241,8 @@ def test_an_odd_size_is_an_error_that_names_method_and_shape():
 
 def test_the_repr_shows_sizes_and_method():
     text = repr(packed_layer(bias=False))
-    assert text == f"PackedLinear(in_features={IN}, out_features={OUT}, bias=False, method=complex_phase_v2)"
+    sizes = f"in_features={IN}, out_features={OUT}, bias=False"
+    assert text == f"PackedLinear({sizes}, method=complex_phase_v2, backend=reference)"
 
 
 def test_it_compiles_without_a_graph_break_and_gives_the_input_its_gradient():

@@ -1,0 +1,316 @@
+// The C interface: choosing an instruction set, repacking codes, and sharing the work of a call among threads.
+#include "kernels.h"
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+enum { ABI = 1 };
+typedef void (*Work)(Job*);
+
+extern "C" void fairy2i_work_portable(Job*);
+#if defined(FAIRY2I_X86)
+extern "C" void fairy2i_work_avx2(Job*);
+extern "C" void fairy2i_work_avx512(Job*);
+static bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+static bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+}
+#elif defined(FAIRY2I_ARM)
+#if defined(__linux__)
+#include <sys/auxv.h>
+static bool has_dot() { return getauxval(AT_HWCAP) >> 20 & 1; }  // HWCAP_ASIMDDP
+#else
+static bool has_dot() { return true; }  // every Apple processor that runs this
+#endif
+extern "C" void fairy2i_work_neon(Job*);
+#endif
+
+static bool always() { return true; }
+
+struct Choice { const char* name; Work work; bool (*runs)(); };
+static const Choice CHOICES[] = {  // best first
+#if defined(FAIRY2I_X86)
+    {"avx512", fairy2i_work_avx512, has_avx512},
+    {"avx2", fairy2i_work_avx2, has_avx2},
+#elif defined(FAIRY2I_ARM)
+    {"neon", fairy2i_work_neon, has_dot},
+#endif
+    {"portable", fairy2i_work_portable, always},
+};
+enum { N_CHOICES = sizeof CHOICES / sizeof CHOICES[0] };
+static const Choice* chosen = nullptr;
+
+static const Choice* choice() {
+    const Choice* now = __atomic_load_n(&chosen, __ATOMIC_ACQUIRE);
+    if (now) return now;
+    for (int i = 0; i < N_CHOICES; i++)
+        if (CHOICES[i].runs()) { now = &CHOICES[i]; break; }
+    __atomic_store_n(&chosen, now, __ATOMIC_RELEASE);
+    return now;
+}
+
+EXPORT int32_t fairy2i_abi() { return ABI; }
+
+// The name of instruction set `index`, best first, or null behind the last; `*runs` says whether it runs here.
+EXPORT const char* fairy2i_instruction_set(int32_t index, int32_t* runs) {
+    if (index < 0 || index >= N_CHOICES) return nullptr;
+    *runs = CHOICES[index].runs();
+    return CHOICES[index].name;
+}
+
+EXPORT const char* fairy2i_chosen() { return choice()->name; }
+
+// Use another instruction set from now on: 0, or -1 where it is not built or does not run here.
+EXPORT int32_t fairy2i_choose(const char* name) {
+    for (int i = 0; i < N_CHOICES; i++)
+        if (strcmp(CHOICES[i].name, name) == 0 && CHOICES[i].runs()) {
+            __atomic_store_n(&chosen, &CHOICES[i], __ATOMIC_RELEASE);
+            return 0;
+        }
+    return -1;
+}
+
+// ---- columns and codes
+
+static int64_t cut(const Layer& layer, Segment* out) {  // returns the number of segments
+    const int64_t width = layer.granularity == BY_TILE ? layer.tile : layer.cols, step = block_columns(layer.kind);
+    int64_t count = 0, block = 0;
+    for (int64_t begin = 0; begin < layer.cols;) {
+        int64_t end = (begin / width + 1) * width;
+        if (end > begin + SEGMENT) end = begin + SEGMENT;
+        if (end > layer.cols) end = layer.cols;
+        const int64_t blocks = (end - begin + step - 1) / step;
+        if (out) out[count] = {begin, end, block, blocks, begin / width};
+        count++, block += blocks, begin = end;
+    }
+    return count;
+}
+
+static int64_t row_blocks(const Layer& layer) { return (layer.rows + LANES - 1) / LANES; }
+
+static int64_t all_blocks(const Layer& layer) {
+    const int64_t width = layer.granularity == BY_TILE ? layer.tile : layer.cols, step = block_columns(layer.kind);
+    int64_t blocks = 0;
+    for (int64_t begin = 0; begin < layer.cols;) {
+        int64_t end = (begin / width + 1) * width;
+        if (end > begin + SEGMENT) end = begin + SEGMENT;
+        if (end > layer.cols) end = layer.cols;
+        blocks += (end - begin + step - 1) / step, begin = end;
+    }
+    return blocks;
+}
+
+// Words of the repacked codes.
+EXPORT int64_t fairy2i_words(const Layer* layer) {
+    return row_blocks(*layer) * layer->stages * all_blocks(*layer) * LANES;
+}
+
+// The bit of a word that holds the sign of column `c` (in its group) of nibble n = group * planes + plane; only for
+// exact's bit 3 the meaning is turned around, see nibble_of.
+static uint32_t nibble_of(uint32_t plus) {  // exact: 4 plus signs -> index; its own inverse apart from bit 3
+    return plus & 8 ? plus & 7 : 8 | (~plus & 7);
+}
+static uint32_t plus_of(uint32_t nibble) { return nibble & 8 ? ~nibble & 7 : 8 | nibble; }
+
+static uint32_t make_word(int32_t mode, const uint8_t plus[8]) {  // plus: 4 bits for each nibble
+    uint32_t word = 0;
+    for (int n = 0; n < 8; n++)
+        if (mode == MODE_EXACT) word |= nibble_of(plus[n]) << (4 * n);
+        else
+            for (int c = 0; c < 4; c++) word |= static_cast<uint32_t>(plus[n] >> c & 1) << (8 * c + n);
+    return word;
+}
+
+static void read_word(int32_t mode, uint32_t word, uint8_t plus[8]) {
+    for (int n = 0; n < 8; n++) {
+        plus[n] = 0;
+        if (mode == MODE_EXACT) plus[n] = static_cast<uint8_t>(plus_of(word >> (4 * n) & 15));
+        else
+            for (int c = 0; c < 4; c++) plus[n] |= static_cast<uint8_t>((word >> (8 * c + n) & 1) << c);
+    }
+}
+
+static int64_t row_bytes(const Layer& layer) {
+    const int64_t bits = layer.kind == KIND_PHASE || layer.stages == 2 ? 2 : 1;
+    return (layer.cols * bits + 7) / 8;
+}
+
+// Call visit(word, row, stage, first column, columns) for each word of rows that exist.
+template <class Visit>
+static int each_word(const Layer& layer, uint32_t* words, Visit visit) {
+    const int64_t count = cut(layer, nullptr), blocks = all_blocks(layer), step = block_columns(layer.kind);
+    Segment* segments = static_cast<Segment*>(malloc(count * sizeof(Segment)));
+    if (!segments) return -1;
+    cut(layer, segments);
+    for (int64_t r = 0; r < row_blocks(layer); r++)
+        for (int32_t t = 0; t < layer.stages; t++)
+            for (int64_t s = 0; s < count; s++)
+                for (int64_t b = 0; b < segments[s].blocks; b++) {
+                    const int64_t first = segments[s].begin + b * step;
+                    const int64_t columns = segments[s].end - first < step ? segments[s].end - first : step;
+                    uint32_t* word = words + ((r * layer.stages + t) * blocks + segments[s].block + b) * LANES;
+                    for (int64_t lane = 0; lane < LANES && r * LANES + lane < layer.rows; lane++)
+                        visit(word[lane], r * LANES + lane, t, first, columns);
+                }
+    free(segments);
+    return 0;
+}
+
+// Tables from a byte of the checkpoint to its share of a word; the other shares are the same, shifted.
+//     phase, and each plane of ternary: a byte is a group of 4 columns; binary: two groups.
+struct Shares { uint32_t of[256]; };
+
+static uint32_t spread(int32_t mode, int nibble, int plus) {  // 4 plus signs as nibble number `nibble` of a word
+    uint8_t all[8] = {8, 8, 8, 8, 8, 8, 8, 8};                // 8 is 0 in the words of exact
+    if (mode == MODE_INT8) memset(all, 0, sizeof all);
+    all[nibble] = static_cast<uint8_t>(plus);
+    return make_word(mode, all);
+}
+
+static Shares shares_of_phase(int32_t mode) {  // p and q of 4 codes
+    Shares shares;
+    for (int byte = 0; byte < 256; byte++) {
+        int p = 0, q = 0;
+        for (int c = 0; c < 4; c++) {
+            const int code = byte >> (2 * c) & 3;
+            p |= (code & 1) << c, q |= ((code & 1) ^ code >> 1) << c;
+        }
+        shares.of[byte] = spread(mode, 0, p) | spread(mode, 1, q);
+    }
+    return shares;
+}
+
+static Shares shares_of_real(int32_t mode, int32_t planes, int32_t plane) {
+    Shares shares;
+    for (int byte = 0; byte < 256; byte++) {
+        int plus = 0;
+        for (int c = 0; c < 4; c++) plus |= ((byte >> (2 * c) & 3) > plane) << c;
+        shares.of[byte] = planes == 2 ? spread(mode, 0, plus) : spread(mode, 0, byte & 15) | spread(mode, 1, byte >> 4);
+    }
+    return shares;
+}
+
+// Repack the checkpoint's codes, rows on bytes, into `words`, which is filled here. Columns behind the last one of a
+// segment read as code 0; their activations are 0.
+EXPORT int32_t fairy2i_pack(const Layer* layer, const uint8_t* codes, uint32_t* words) {
+    const int64_t bytes = row_bytes(*layer), rows = layer->rows;
+    const int mode = layer->mode, shift = mode == MODE_EXACT ? 4 : 1;  // of one nibble to the next
+    const int64_t per_byte = layer->kind == KIND_REAL && layer->stages == 1 ? 8 : 4;
+    const bool phase = layer->kind == KIND_PHASE;
+    // 4-byte rows of codes as the word wants them: [byte of the word's group][part]
+    const Shares shares[2] = {phase ? shares_of_phase(mode) : shares_of_real(mode, layer->stages, 0),
+                              phase ? Shares{} : shares_of_real(mode, layer->stages, 1)};
+    memset(words, 0, fairy2i_words(layer) * 4);
+    return each_word(*layer, words, [&](uint32_t& word, int64_t row, int32_t t, int64_t first, int64_t columns) {
+        const int64_t parts = phase ? 2 : 1, groups = phase ? 2 : 8 * 4 / per_byte;
+        uint32_t sum = 0;
+        for (int64_t part = 0; part < parts; part++) {
+            const uint8_t* from = codes + (phase ? (t * 2 + part) * rows + row : row) * bytes;
+            for (int64_t g = 0; g < groups; g++) {
+                const int64_t start = first + g * per_byte;
+                int byte = 0;
+                if (start < first + columns) {
+                    byte = from[start / per_byte];
+                    const int64_t off = start % per_byte, bits = 8 / per_byte;
+                    if (off) {  // a tile that does not start on a byte
+                        byte >>= off * bits;
+                        if (start / per_byte + 1 < bytes) byte |= from[start / per_byte + 1] << ((per_byte - off) * bits);
+                        byte &= 255;
+                    }
+                    if (first + columns - start < per_byte) byte &= (1 << ((first + columns - start) * bits)) - 1;
+                }
+                const int64_t nibble = phase ? g * 4 + part * 2 : g * per_byte / 4;
+                sum |= shares[phase ? 0 : t].of[byte] << (nibble * shift);
+            }
+        }
+        word = sum;
+    });
+}
+
+// The inverse of fairy2i_pack: `codes` is zeroed here and gets the checkpoint's bytes.
+EXPORT int32_t fairy2i_unpack(const Layer* layer, const uint32_t* words, uint8_t* codes) {
+    const int64_t bytes = row_bytes(*layer), rows = layer->rows;
+    const int mode = layer->mode;
+    const bool phase = layer->kind == KIND_PHASE, ternary = layer->stages == 2;
+    memset(codes, 0, phase ? layer->stages * 2 * rows * bytes : rows * bytes);
+    uint32_t* source = const_cast<uint32_t*>(words);
+    if (phase)
+        return each_word(*layer, source, [=](uint32_t& word, int64_t row, int32_t t, int64_t first, int64_t columns) {
+            uint8_t plus[8];
+            read_word(mode, word, plus);
+            for (int part = 0; part < 2; part++) {
+                uint8_t* to = codes + ((t * 2 + part) * rows + row) * bytes;
+                for (int64_t c = 0; c < columns; c++) {
+                    const int p = plus[c / 4 * 4 + part * 2] >> (c % 4) & 1, q = plus[c / 4 * 4 + part * 2 + 1] >> (c % 4) & 1;
+                    to[(first + c) / 4] |= static_cast<uint8_t>(((p ^ q) << 1 | p) << (2 * ((first + c) % 4)));
+                }
+            }
+        });
+    return each_word(*layer, source, [=](uint32_t& word, int64_t row, int32_t, int64_t first, int64_t columns) {
+        uint8_t plus[8];
+        read_word(mode, word, plus);
+        for (int64_t c = 0; c < columns; c++) {  // ternary: the planes of a level are added
+            const int64_t i = first + c;
+            const int sign = plus[c / 4] >> (c % 4) & 1;
+            if (ternary) codes[row * bytes + i / 4] = static_cast<uint8_t>(codes[row * bytes + i / 4] + (sign << (2 * (i % 4))));
+            else codes[row * bytes + i / 8] |= static_cast<uint8_t>(sign << (i % 8));
+        }
+    });
+}
+
+// ---- threads
+
+// torch brings an OpenMP runtime of its own, whose threads spin for a while behind each parallel region. Threads of ours
+// would compete with them for the cores, so we ask for work from the same team: the caller hands over GOMP_parallel of
+// the runtime that is loaded already (libgomp, and LLVM's and Intel's, have it). Without one, a thread per helper.
+typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
+static Parallel parallel = nullptr;
+EXPORT void fairy2i_set_parallel(Parallel function) { parallel = function; }
+
+struct Task { Work work; Job* job; };
+static void run_task(void* task) { static_cast<Task*>(task)->work(static_cast<Task*>(task)->job); }
+static void* run_thread(void* task) { run_task(task); return nullptr; }
+
+static void share(Task* task, int32_t threads) {
+    if (threads <= 1) return run_task(task);
+    if (parallel) return parallel(run_task, task, static_cast<unsigned>(threads), 0);
+    pthread_t helpers[64];
+    int started = 0;
+    for (; started < threads - 1 && started < 64; started++)
+        if (pthread_create(&helpers[started], nullptr, run_thread, task)) break;
+    run_task(task);  // takes whatever no helper takes
+    for (int i = 0; i < started; i++) pthread_join(helpers[i], nullptr);
+}
+
+// y = x w^T + bias. Returns 0, or -1 when memory ran out.
+EXPORT int32_t fairy2i_linear(const Layer* layer, const void* x, void* y, const float* bias, int64_t tokens, int32_t dtype,
+                              int32_t threads) {
+    if (tokens <= 0) return 0;
+    Segment few[64];
+    Segment* segments = few;
+    const int64_t count = cut(*layer, nullptr);
+    if (count > 64 && !(segments = static_cast<Segment*>(malloc(count * sizeof(Segment))))) return -1;
+    cut(*layer, segments);
+    Job job = {};
+    job.layer = *layer, job.x = x, job.y = y, job.bias = bias, job.tokens = tokens, job.dtype = dtype;
+    job.segments = segments, job.n_segments = count, job.row_blocks = row_blocks(*layer);
+    job.blocks = segments[count - 1].block + segments[count - 1].blocks;
+    const int64_t size = job.row_blocks * job.blocks * layer->stages * tokens;  // in blocks of 64 bytes
+    if (size < 256) threads = 1;
+    if (tokens <= 4) {  // small parts, so that a thread that is held up does not hold up all
+        job.token_block = tokens, job.n_token_blocks = 1;
+        job.n_ranges = threads == 1 ? 1 : threads * 4;
+    } else {
+        job.token_block = tokens < 48 ? tokens : 48;
+        job.n_token_blocks = (tokens + job.token_block - 1) / job.token_block;
+        job.token_block = (tokens + job.n_token_blocks - 1) / job.n_token_blocks;
+        job.n_ranges = threads;
+    }
+    if (job.n_ranges > job.row_blocks) job.n_ranges = job.row_blocks;
+    Task task = {choice()->work, &job};
+    share(&task, threads);
+    if (segments != few) free(segments);
+    return job.failed ? -1 : 0;
+}

@@ -1,0 +1,207 @@
+"""The CPU kernels: the compiled library of ``csrc``, by ctypes, for tensors on the CPU.
+
+Nothing is loaded before the first use. A package that was installed without a compiler has no library, and a file that
+is not ours, or broken, is told from ours before it is trusted: :func:`why_off` says what is wrong, :func:`library`
+raises it. FAIRY2I_CPU_LIBRARY names another file, or is "off".
+
+The library wants OpenMP's ``GOMP_parallel`` from the runtime that PyTorch has loaded, so that kernels and PyTorch share
+one team of threads; as many threads are used as ``torch.get_num_threads()`` says at the call.
+"""
+
+import ctypes
+import functools
+import glob
+import logging
+import os
+import re
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+ABI = 1  # as csrc/dispatch.cpp has it
+FILE_NAME = "libfairy2i_cpu.so"
+MODES = {"cpu_exact": 0, "cpu_int8": 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of activations
+
+
+class KernelsUnavailable(RuntimeError):
+    """There is no usable library of CPU kernels; the message says why and what to do."""
+
+
+class Layer(ctypes.Structure):
+    """``struct Layer`` of csrc/kernels.h."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int32),
+        ("stages", ctypes.c_int32),
+        ("rows", ctypes.c_int64),
+        ("cols", ctypes.c_int64),
+        ("granularity", ctypes.c_int32),
+        ("mode", ctypes.c_int32),
+        ("tile", ctypes.c_int64),
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+    )
+
+
+def library_path() -> str:
+    """Return where the library is, or would be if it were built."""
+    from .. import __path__ as package
+
+    if named := os.environ.get("FAIRY2I_CPU_LIBRARY"):
+        return named
+    paths = [os.path.join(folder, "ops", FILE_NAME) for folder in package]
+    return next((path for path in paths if os.path.exists(path)), paths[0])
+
+
+def _openmp_parallel() -> Any:
+    """Return GOMP_parallel of the OpenMP runtime in this process, or None."""
+    folders = [os.path.join(os.path.dirname(torch.__file__), "lib")]
+    folders.append(os.path.join(os.path.dirname(os.path.dirname(torch.__file__)), "torch.libs"))
+    names = [name for folder in folders for name in sorted(glob.glob(os.path.join(folder, "lib*omp*")))]
+    if sys.platform == "linux":  # what is loaded counts, wherever it came from
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+            loaded = re.findall(r"(/\S*lib[gi]?omp\S*\.so\S*)", maps.read())
+        names = [name for name in loaded if os.path.exists(name)] or names
+    for name in names:
+        try:
+            return ctypes.CDLL(name).GOMP_parallel
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def _load() -> ctypes.CDLL:
+    path = library_path()
+    if path == "off":
+        raise KernelsUnavailable("FAIRY2I_CPU_LIBRARY is off")
+    if not os.path.exists(path):
+        raise KernelsUnavailable(
+            f"there is no {path}: the package was installed without a C++ compiler. Install one (g++ or clang) and "
+            "reinstall fairy2i"
+        )
+    try:
+        found = ctypes.CDLL(path)
+    except OSError as error:
+        raise KernelsUnavailable(f"{path} cannot be loaded ({error}); reinstall fairy2i") from None
+    try:
+        abi = found.fairy2i_abi()
+    except AttributeError:
+        raise KernelsUnavailable(f"{path} is not fairy2i's library; reinstall fairy2i") from None
+    if abi != ABI:
+        raise KernelsUnavailable(f"{path} is of another version (ABI {abi}, not {ABI}); reinstall fairy2i")
+    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    layer = ctypes.POINTER(Layer)
+    found.fairy2i_instruction_set.argtypes = (number, ctypes.POINTER(number))
+    found.fairy2i_instruction_set.restype = ctypes.c_char_p
+    found.fairy2i_chosen.restype = ctypes.c_char_p
+    found.fairy2i_choose.argtypes = (ctypes.c_char_p,)
+    found.fairy2i_words.argtypes, found.fairy2i_words.restype = (layer,), size
+    found.fairy2i_pack.argtypes = found.fairy2i_unpack.argtypes = (layer, pointer, pointer)
+    found.fairy2i_linear.argtypes = (layer, pointer, pointer, pointer, size, number, number)
+    if (parallel := _openmp_parallel()) is not None:
+        found.fairy2i_set_parallel(ctypes.cast(parallel, pointer))
+    return found
+
+
+@functools.cache
+def _loaded() -> "ctypes.CDLL | KernelsUnavailable":
+    try:
+        return _load()
+    except KernelsUnavailable as error:
+        return error
+
+
+def library() -> ctypes.CDLL:
+    """Return the library.
+
+    Raises:
+        KernelsUnavailable: there is none that can be used.
+    """
+    found = _loaded()
+    if isinstance(found, KernelsUnavailable):
+        raise found
+    return found
+
+
+def why_off() -> str | None:
+    """Return None where the kernels can be used, or why they cannot."""
+    found = _loaded()
+    return str(found) if isinstance(found, KernelsUnavailable) else None
+
+
+def instruction_sets() -> dict[str, bool]:
+    """Return the instruction sets that are built, best first, and whether each runs on this processor."""
+    found: dict[str, bool] = {}
+    runs = ctypes.c_int32()
+    while name := library().fairy2i_instruction_set(len(found), ctypes.byref(runs)):
+        found[name.decode()] = bool(runs.value)
+    return found
+
+
+def instruction_set() -> str:
+    """Return the name of the instruction set in use."""
+    return library().fairy2i_chosen().decode()
+
+
+def use_instruction_set(name: str) -> str:
+    """Use another instruction set from now on, in the whole process; return the one before.
+
+    Raises:
+        ValueError: it is not built or does not run here.
+    """
+    before = instruction_set()
+    if library().fairy2i_choose(name.encode()):
+        raise ValueError(f"the instruction set {name!r} is not one of {instruction_sets()}")
+    return before
+
+
+def describe(shape: tuple[int, int], layout: "tuple[int, ...] | list[int]", scales: Tensor | None = None) -> Layer:
+    """Return the description of a layer, codes not set.
+
+    Args:
+        shape: rows and columns of the codes (complex ones for phase codes).
+        layout: kind (0 phase, 1 real), stages or planes, granularity (0 tensor, 1 row, 2 tile), tile, mode.
+        scales: contiguous float32; must live as long as the description is used.
+    """
+    kind, stages, granularity, tile, mode = layout
+    return Layer(kind, stages, *shape, granularity, mode, tile, None, None if scales is None else scales.data_ptr())
+
+
+def repack(codes: Tensor, shape: tuple[int, int], layout: tuple[int, ...]) -> Tensor:
+    """Return the codes of a checkpoint, as packed there, in the layout of the kernels: int32, one dimension."""
+    layer = describe(shape, layout)
+    codes = codes.contiguous()
+    words = torch.empty(library().fairy2i_words(layer), dtype=torch.int32)
+    if library().fairy2i_pack(layer, codes.data_ptr(), words.data_ptr()):
+        raise MemoryError("no memory to repack codes")
+    return words
+
+
+def unpack(words: Tensor, codes_shape: tuple[int, ...], shape: tuple[int, int], layout: tuple[int, ...]) -> Tensor:
+    """Return the codes of a checkpoint from those of the kernels: the inverse of :func:`repack`."""
+    codes = torch.empty(codes_shape, dtype=torch.uint8)
+    if library().fairy2i_unpack(describe(shape, layout), words.data_ptr(), codes.data_ptr()):
+        raise MemoryError("no memory to unpack codes")
+    return codes
+
+
+def run(layer: Layer, x: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    """Multiply contiguous activations (..., in_features) with a layer whose codes are set; bias is float32."""
+    y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype)
+    failed = library().fairy2i_linear(
+        layer,
+        x.data_ptr(),
+        y.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        y.numel() // out_features,
+        DTYPES[x.dtype],
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError("no memory for the kernel's scratch space")
+    return y
