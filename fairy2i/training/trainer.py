@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import fnmatch
+import itertools
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
+from ..calibrate import calibrate
 from ..convert import replace_modules_for_qat
 from ..loading import load_model_and_tokenizer, parse_method, read_documents
 from ..qat import QATLinear
@@ -53,6 +55,10 @@ class QATArguments:
         default=None, metadata={"help": "Leave the output head in full precision. Default: only where it is tied."}
     )
     skip_modules: list[str] = field(default_factory=list, metadata={"help": "Patterns of layers to leave alone."})
+    calibrate_tokens: int = field(
+        default=0,
+        metadata={"help": "Tokens of --data to calibrate on before training (learned row scales only). 0: none."},
+    )
     distill: float = field(
         default=0.0,
         metadata={"help": "Share of the loss that is KL to the unquantized model, 0 to 1 (try 0.5)."},
@@ -401,6 +407,23 @@ def _load_teacher(qat: QATArguments, quantizes: bool, model: nn.Module, tokenize
     return teacher if qat.teacher else copy.deepcopy(teacher)
 
 
+def _calibrate(model: nn.Module, data: Any, tokens: int, block_size: int) -> None:
+    """Calibrate a converted model on the first blocks of the training text, in place.
+
+    Raises:
+        ValueError: there is less than one block, or the scheme has no learned row scales.
+    """
+    count = tokens // block_size
+    blocks = [torch.as_tensor(block["input_ids"]) for block in itertools.islice(iter(data), count)]
+    if not blocks:
+        raise ValueError(f"--calibrate_tokens {tokens} is less than one block of {block_size}")
+    done = calibrate(model, torch.stack(blocks).long())
+    before, after = (sum(getattr(layer, when) for layer in done) / len(done) for when in ("before", "after"))
+    logger.info(
+        "calibrated %d layers on %d tokens: mean error %.4f -> %.4f", len(done), len(blocks) * block_size, before, after
+    )
+
+
 def run_training(qat: QATArguments, args: QATTrainingArguments) -> dict[str, float]:
     """Load a model, quantize it, train it, save it.
 
@@ -430,6 +453,11 @@ def run_training(qat: QATArguments, args: QATTrainingArguments) -> dict[str, flo
         model.to(args.device)  # learned scales are fitted where that is fast
     if method is not None:
         logger.info("%s", replace_modules_for_qat(model, method, qat.skip_lm_head, qat.skip_modules))
+    if qat.calibrate_tokens and (sharded or args.world_size > 1 or method is None):
+        raise ValueError(
+            "--calibrate_tokens is for one process and a quantized model; for more processes train one step with it in "
+            "one process, and start the others from the model that it saves"
+        )
     freeze_parameters(model, qat.freeze)
     checkpoint = _checkpoint_to_resume(args, qat.resume, model)
 
@@ -450,6 +478,9 @@ def run_training(qat: QATArguments, args: QATTrainingArguments) -> dict[str, flo
     with args.main_process_first(desc="tokenizing"):
         train_data = stream() if qat.streaming else blocks(qat.data)
         eval_data = blocks(qat.eval_data) if qat.eval_data else None
+
+    if qat.calibrate_tokens and checkpoint is None:
+        _calibrate(model, train_data, qat.calibrate_tokens, qat.block_size)
 
     use_cache = getattr(model.config, "use_cache", None)  # the Trainer turns it off
     trainer = QATTrainer(

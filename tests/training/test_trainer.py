@@ -38,7 +38,17 @@ def folder(tmp_path_factory):
 
 
 def train(
-    folder, output, method=V2, *, resume=False, block_size=BLOCK, eval_data=None, freeze=(), distill=0.0, **settings
+    folder,
+    output,
+    method=V2,
+    *,
+    resume=False,
+    block_size=BLOCK,
+    eval_data=None,
+    freeze=(),
+    distill=0.0,
+    calibrate_tokens=0,
+    **settings,
 ):
     """Run four steps, with a checkpoint after the second, or what the settings say; return the metrics."""
     qat = QATArguments(
@@ -50,6 +60,7 @@ def train(
         resume=resume,
         freeze=list(freeze),
         distill=distill,
+        calibrate_tokens=calibrate_tokens,
     )
     defaults = {
         "max_steps": STEPS,
@@ -397,3 +408,29 @@ def test_the_best_checkpoint_is_kept_beside_the_last_and_found_under_its_name(fo
     state = json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(tmp_path / f"checkpoint-{step}")
     assert same(weights(tmp_path), weights(tmp_path / f"checkpoint-{step}"))
+
+
+LEARNED_ROWS = '{"kind": "phase", "stages": 2, "granularity": "row", "scales": "learned"}'
+
+
+def test_a_calibrated_start_is_better_than_a_rounded_one(folder, tmp_path):
+    losses = []
+    for tokens in (0, 256):
+        out = tmp_path / str(tokens)
+        losses.append(
+            train(folder, out, LEARNED_ROWS, distill=1.0, calibrate_tokens=tokens, max_steps=1, learning_rate=0.0)
+        )
+    assert losses[1]["train_loss"] < losses[0]["train_loss"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "none"}, "for one process and a quantized model"),
+        ({"method": V2}, "needs learned row scales"),
+        ({"method": LEARNED_ROWS, "calibrate_tokens": 3}, "less than one block"),
+    ],
+)
+def test_calibration_that_cannot_be_is_refused(folder, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        train(folder, tmp_path, **{"calibrate_tokens": 256, **settings})
