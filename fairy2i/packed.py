@@ -30,6 +30,7 @@ from .ops import cpu
 from .ops.inference import code_rows_and_columns, layout_of, packed_linear
 from .packing import pack_codes, unpack_codes
 from .qat import QATLinear, autocast_dtype, keep_float32
+from .rotation import rotate
 from .schemes import Scheme, method_name
 
 logger = logging.getLogger(__name__)
@@ -258,6 +259,11 @@ class PackedLinear(nn.Module):
     def _multiply(self, x: Tensor, backend: str) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise RuntimeError(f"the layer has {self.in_features} input features, got an input of {tuple(x.shape)}")
+        if self.scheme.rotation:  # the codes are those of the rotated weight
+            return self._multiply_codes(rotate(x.float(), self.scheme.rotation), backend).to(x.dtype)
+        return self._multiply_codes(x, backend)
+
+    def _multiply_codes(self, x: Tensor, backend: str) -> Tensor:
         layout = layout_of(self.scheme, backend)
         ready = self._layout == layout
         bias = None if self.bias is None else self.bias.detach()
