@@ -1,8 +1,8 @@
 """Schemes: what decides how a weight becomes codes and scales, as plain data.
 
 A scheme is a frozen, validated, JSON-able dataclass. It travels with a layer from training to the packed checkpoint and
-knows nothing of modules. METHODS names the schemes of the paper; a method is a name or a scheme. A new variant is a new
-value here, not a new class.
+knows nothing of modules. METHODS names the schemes of the paper, and of this library's own recipes (docs/recipes.md). A
+method is a name or a scheme; a new variant is a new value here, not a new class.
 """
 
 import dataclasses
@@ -229,6 +229,7 @@ METHODS: dict[str, Scheme] = {
     "complex_phase_v2": PhaseScheme(stages=2),
     "complex_phase_v3": PhaseScheme(stages=3),
     "complex_phase_v4": PhaseScheme(stages=4),
+    **{f"fairy2i_w{t}": PhaseScheme(stages=t, granularity="row", scales="learned", rotation=64) for t in (1, 2, 3)},
 }
 
 _KINDS: dict[str, type[Scheme]] = {cls.kind: cls for cls in (PhaseScheme, RealScheme)}
