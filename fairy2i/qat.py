@@ -40,7 +40,7 @@ def _settings(scheme: Any) -> tuple[int, str, int]:
 
 def _fused(scheme: Scheme, tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Return whether kernels quantize a weight of this dtype (default: the tensor's) on the device of this tensor."""
-    if not isinstance(scheme, PhaseScheme) or getattr(scheme, "rotation", 0):  # PyTorch rotates
+    if not isinstance(scheme, PhaseScheme) or scheme.rotation:  # PyTorch rotates
         return False
     return ops.fused(tensor, scheme.stages, dtype)
 

@@ -12,6 +12,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the first import of triton: kernels run here too
+
 # The models here are tiny: threads would only wait for each other, much so where a machine is shared.
 torch.set_num_threads(1)
 

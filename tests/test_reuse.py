@@ -25,6 +25,7 @@ SCHEMES = [
     METHODS["bitnet"],
     METHODS["bitnet_1_58"],
     RealScheme(levels=3, granularity="row", scales="learned"),
+    PhaseScheme(granularity="row", rotation=4),
 ]
 
 

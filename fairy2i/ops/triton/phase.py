@@ -243,7 +243,7 @@ def _rectangle(n, m, height, width):
     return program, r_begin, tl.minimum(r_begin + height, n), c_begin, tl.minimum(c_begin + width, m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "entries"])
 def sum_stage_of_tensor(
     weight, scales, partials, n, m, row_stride, col_stride, down, right, height, entries,
     STAGE: tl.constexpr, PROGRAMS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, OWN: tl.constexpr,
@@ -270,7 +270,7 @@ def sum_stage_of_tensor(
     tl.store(at + 5 * programs, tl.sum(real_w).to(tl.float64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "entries", "summed"])
 def write_tensor(
     weight, scales, partials, dense, codes, n, m, row_stride, col_stride, down, right, plane, dense_down, height,
     entries, summed,
