@@ -13,7 +13,7 @@ static inline __m256 look_up(const float* table, __m256i index, __m256i sign) {
 }
 
 template <int NT>
-KERNEL void exact_phase_segment(const uint32_t* words, int64_t blocks, const char* const* prepared, float* sums) {
+KERNEL void exact_phase_segment(const uint32_t* words, int64_t stride, int64_t blocks, const char* const* prepared, float* sums) {
     const __m256i top = _mm256_set1_epi32(INT32_MIN);
     for (int j = 0; j < NT; j++)
         for (int half_rows = 0; half_rows < LANES; half_rows += 8) {
@@ -21,7 +21,7 @@ KERNEL void exact_phase_segment(const uint32_t* words, int64_t blocks, const cha
             for (int k = 0; k < 8; k++) acc[k] = _mm256_setzero_ps();
             for (int64_t b = 0; b < blocks; b++) {
                 const float* table = reinterpret_cast<const float*>(prepared[j]) + b * 32;
-                const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + b * LANES + half_rows));
+                const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + b * stride + half_rows));
 #pragma GCC unroll 8
                 for (int n = 0; n < 8; n++) {
                     const __m256i index = _mm256_srli_epi32(word, 4 * n);
@@ -36,7 +36,7 @@ KERNEL void exact_phase_segment(const uint32_t* words, int64_t blocks, const cha
 }
 
 template <int NT>
-KERNEL void exact_real_segment(const uint32_t* words, int64_t blocks, const char* const* prepared, float* sums) {
+KERNEL void exact_real_segment(const uint32_t* words, int64_t stride, int64_t blocks, const char* const* prepared, float* sums) {
     const __m256i top = _mm256_set1_epi32(INT32_MIN);
     for (int j = 0; j < NT; j++)
         for (int half_rows = 0; half_rows < LANES; half_rows += 8) {
@@ -44,7 +44,7 @@ KERNEL void exact_real_segment(const uint32_t* words, int64_t blocks, const char
             for (int k = 0; k < 4; k++) acc[k] = _mm256_setzero_ps();
             for (int64_t b = 0; b < blocks; b++) {
                 const float* table = reinterpret_cast<const float*>(prepared[j]) + b * 64;
-                const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + b * LANES + half_rows));
+                const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + b * stride + half_rows));
 #pragma GCC unroll 8
                 for (int n = 0; n < 8; n++) {
                     const __m256i sign = _mm256_and_si256(_mm256_slli_epi32(word, 28 - 4 * n), top);
@@ -73,7 +73,7 @@ static inline void store_sums(int32_t* out, __m256i pairs) {
 }
 
 template <int NT>
-KERNEL void int8_phase_segment(const uint32_t* words, int64_t blocks, const char* const* prepared, int32_t* sums) {
+KERNEL void int8_phase_segment(const uint32_t* words, int64_t stride, int64_t blocks, const char* const* prepared, int32_t* sums) {
     const __m256i one = _mm256_set1_epi8(1);
     for (int j = 0; j < NT; j++)
         for (int half_rows = 0; half_rows < LANES; half_rows += 8) {
@@ -81,7 +81,7 @@ KERNEL void int8_phase_segment(const uint32_t* words, int64_t blocks, const char
             for (int k = 0; k < 8; k++) acc[k] = _mm256_setzero_si256();
             for (int64_t b = 0; b < blocks; b++) {
                 const int8_t* x = reinterpret_cast<const int8_t*>(prepared[j]) + b * 16;
-                const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + b * LANES + half_rows));
+                const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + b * stride + half_rows));
 #pragma GCC unroll 8
                 for (int n = 0; n < 8; n++) {
                     const __m256i bits = _mm256_and_si256(_mm256_srli_epi32(word, n), one);
@@ -95,7 +95,7 @@ KERNEL void int8_phase_segment(const uint32_t* words, int64_t blocks, const char
 }
 
 template <int NT>
-KERNEL void int8_real_segment(const uint32_t* words, int64_t blocks, const char* const* prepared, int32_t* sums) {
+KERNEL void int8_real_segment(const uint32_t* words, int64_t stride, int64_t blocks, const char* const* prepared, int32_t* sums) {
     const __m256i one = _mm256_set1_epi8(1);
     for (int j = 0; j < NT; j++)
         for (int half_rows = 0; half_rows < LANES; half_rows += 8) {
@@ -103,7 +103,7 @@ KERNEL void int8_real_segment(const uint32_t* words, int64_t blocks, const char*
             for (int k = 0; k < 4; k++) acc[k] = _mm256_setzero_si256();
             for (int64_t b = 0; b < blocks; b++) {
                 const int8_t* x = reinterpret_cast<const int8_t*>(prepared[j]) + b * 32;
-                const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + b * LANES + half_rows));
+                const __m256i word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words + b * stride + half_rows));
 #pragma GCC unroll 8
                 for (int n = 0; n < 8; n++) {
                     const __m256i bits = _mm256_and_si256(_mm256_srli_epi32(word, n), one);

@@ -150,7 +150,9 @@ static int each_word(const Layer& layer, uint32_t* words, Visit visit) {
                 for (int64_t b = 0; b < segments[s].blocks; b++) {
                     const int64_t first = segments[s].begin + b * step;
                     const int64_t columns = segments[s].end - first < step ? segments[s].end - first : step;
-                    uint32_t* word = words + ((r * layer.stages + t) * blocks + segments[s].block + b) * LANES;
+                    const int64_t pair = r & ~1, step = pair + 1 < row_blocks(layer) ? 2 * LANES : LANES;
+                    uint32_t* word = words + pair * layer.stages * blocks * LANES +
+                                     (t * blocks + segments[s].block + b) * step + (r & 1) * LANES;
                     for (int64_t lane = 0; lane < LANES && r * LANES + lane < layer.rows; lane++)
                         visit(word[lane], r * LANES + lane, t, first, columns);
                 }
@@ -308,7 +310,7 @@ EXPORT int32_t fairy2i_linear(const Layer* layer, const void* x, void* y, const 
         job.token_block = (tokens + job.n_token_blocks - 1) / job.n_token_blocks;
         job.n_ranges = threads;
     }
-    if (job.n_ranges > job.row_blocks) job.n_ranges = job.row_blocks;
+    if (job.n_ranges > (job.row_blocks + 1) / 2) job.n_ranges = (job.row_blocks + 1) / 2;
     Task task = {choice()->work, &job};
     share(&task, threads);
     if (segments != few) free(segments);

@@ -11,8 +11,9 @@
 //     kind real:  a block is 16 rows x 32 columns of one plane. Binary has one plane; ternary has two, and its level
 //                 is (sp + sq) / 2 as well: +1 = (+,+), 0 = (+,-), -1 = (-,-).
 //
-// Blocks follow each other as [16 rows][stage][columns], so a thread reads memory straight through. The columns are cut
-// into segments of at most 256 that do not cross a tile of scales; the last block of a segment is padded.
+// Blocks follow each other as [32 rows][stage][columns][16 rows], so a thread reads memory straight through, and what is
+// loaded of the activations serves two blocks; where 16 rows are left at the end, they are [stage][columns]. The columns
+// are cut into segments of at most 256 that do not cross a tile of scales; the last block of a segment is padded.
 //
 // The bits of a word differ between the two modes (group: 4 neighbouring columns; plane: 0..3; real: one plane only):
 //     exact: nibble group * 4 + plane holds the signs of 4 columns, as an index into a table of 16 sums +-x0+-x1+-x2+-x3.

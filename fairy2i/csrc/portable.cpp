@@ -7,14 +7,14 @@ enum { LUT = 16 };
 #define KERNEL static __attribute__((noinline))
 
 template <int NT>
-KERNEL void exact_phase_segment(const uint32_t* words, int64_t blocks, const char* const* prepared, float* sums) {
+KERNEL void exact_phase_segment(const uint32_t* words, int64_t stride, int64_t blocks, const char* const* prepared, float* sums) {
     for (int i = 0; i < NT * 8 * LANES; i++) sums[i] = 0;
     for (int64_t b = 0; b < blocks; b++)
         for (int j = 0; j < NT; j++) {
             const float* table = reinterpret_cast<const float*>(prepared[j]) + b * 64;
             for (int n = 0; n < 8; n++)
                 for (int r = 0; r < LANES; r++) {
-                    const uint32_t index = words[b * LANES + r] >> (4 * n) & 15;
+                    const uint32_t index = words[b * stride + r] >> (4 * n) & 15;
                     float* sum = sums + (j * 8 + n % 4 * 2) * LANES + r;
                     sum[0] += table[n / 4 * 16 + index];
                     sum[LANES] += table[(2 + n / 4) * 16 + index];
@@ -23,13 +23,13 @@ KERNEL void exact_phase_segment(const uint32_t* words, int64_t blocks, const cha
 }
 
 template <int NT>
-KERNEL void exact_real_segment(const uint32_t* words, int64_t blocks, const char* const* prepared, float* sums) {
+KERNEL void exact_real_segment(const uint32_t* words, int64_t stride, int64_t blocks, const char* const* prepared, float* sums) {
     for (int i = 0; i < NT * LANES; i++) sums[i] = 0;
     for (int64_t b = 0; b < blocks; b++)
         for (int j = 0; j < NT; j++) {
             const float* table = reinterpret_cast<const float*>(prepared[j]) + b * 128;
             for (int g = 0; g < 8; g++)
-                for (int r = 0; r < LANES; r++) sums[j * LANES + r] += table[g * 16 + (words[b * LANES + r] >> (4 * g) & 15)];
+                for (int r = 0; r < LANES; r++) sums[j * LANES + r] += table[g * 16 + (words[b * stride + r] >> (4 * g) & 15)];
         }
 }
 
@@ -40,14 +40,14 @@ static inline int32_t dot4(uint32_t bits, const int8_t* x) {  // bits 0, 8, 16, 
 }
 
 template <int NT>
-KERNEL void int8_phase_segment(const uint32_t* words, int64_t blocks, const char* const* prepared, int32_t* sums) {
+KERNEL void int8_phase_segment(const uint32_t* words, int64_t stride, int64_t blocks, const char* const* prepared, int32_t* sums) {
     for (int i = 0; i < NT * 8 * LANES; i++) sums[i] = 0;
     for (int64_t b = 0; b < blocks; b++)
         for (int j = 0; j < NT; j++) {
             const int8_t* x = reinterpret_cast<const int8_t*>(prepared[j]) + b * 16;
             for (int n = 0; n < 8; n++)
                 for (int r = 0; r < LANES; r++) {
-                    const uint32_t bits = words[b * LANES + r] >> n;
+                    const uint32_t bits = words[b * stride + r] >> n;
                     int32_t* sum = sums + (j * 8 + n % 4 * 2) * LANES + r;
                     sum[0] += dot4(bits, x + n / 4 * 4);
                     sum[LANES] += dot4(bits, x + 8 + n / 4 * 4);
@@ -56,13 +56,13 @@ KERNEL void int8_phase_segment(const uint32_t* words, int64_t blocks, const char
 }
 
 template <int NT>
-KERNEL void int8_real_segment(const uint32_t* words, int64_t blocks, const char* const* prepared, int32_t* sums) {
+KERNEL void int8_real_segment(const uint32_t* words, int64_t stride, int64_t blocks, const char* const* prepared, int32_t* sums) {
     for (int i = 0; i < NT * LANES; i++) sums[i] = 0;
     for (int64_t b = 0; b < blocks; b++)
         for (int j = 0; j < NT; j++) {
             const int8_t* x = reinterpret_cast<const int8_t*>(prepared[j]) + b * 32;
             for (int g = 0; g < 8; g++)
-                for (int r = 0; r < LANES; r++) sums[j * LANES + r] += dot4(words[b * LANES + r] >> g, x + g * 4);
+                for (int r = 0; r < LANES; r++) sums[j * LANES + r] += dot4(words[b * stride + r] >> g, x + g * 4);
         }
 }
 
