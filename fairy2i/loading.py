@@ -4,16 +4,17 @@ import glob
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import fsspec
 import torch
+import yaml
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from .convert import Method
-from .schemes import METHODS, Scheme, resolve_method, scheme_from_dict
+from .schemes import METHODS, PhaseScheme, Scheme, method_name, resolve_method, scheme_from_dict
 from .streaming import find_model
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # what --dtype takes
 DOCUMENT_SEPARATOR = "<|endoftext|>"
 _COMPRESSIONS = (".gz", ".xz", ".bz2", ".zst")
-_TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # by suffix, what ``datasets`` calls it
 
 
 def load_model_and_tokenizer(
@@ -57,12 +58,28 @@ def load_model_and_tokenizer(
     return loaded, AutoTokenizer.from_pretrained(os.path.expanduser(tokenizer or model))
 
 
+def load_config(model: str, gguf_file: str | None = None) -> Any:
+    """Return the config of a model: what can be known of it without its weights.
+
+    Raises:
+        FileNotFoundError: ``model`` looks like a local path and is not there.
+        OSError: neither a folder nor a model that the Hub can give.
+    """
+    extra = {"gguf_file": gguf_file} if gguf_file else {}
+    return AutoConfig.from_pretrained(find_model(model), **extra)
+
+
+def context_length(config: Any) -> int | None:
+    """Return how many tokens a model can see at once, or None where its config does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def default_device() -> str:
     """Return the device that commands use where none is named: the GPU, if PyTorch can use one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def move_to_device(model: nn.Module, device: str) -> None:
+def move_to_device(model: nn.Module, device: str | torch.device) -> None:
     """Move a model to a device, in place.
 
     Raises:
@@ -111,7 +128,36 @@ def parse_method(text: str | dict[str, Any] | None) -> Method | None:
     return mapping
 
 
-def _suffix(path: str) -> str:
+def check_learned_rows(method: Method) -> None:
+    """Raise unless a method has what calibration fits: phase codes with learned row scales, for some layers at least.
+
+    Raises:
+        ValueError: shows a method that has.
+    """
+    parts = list(method.values()) if isinstance(method, Mapping) else [method]
+    schemes = [resolve_method(part) for part in parts if part is not None]
+    if not any(isinstance(s, PhaseScheme) and s.learned and s.granularity == "row" for s in schemes):
+        example = json.dumps({"kind": "phase", "stages": 2, "granularity": "row", "scales": "learned"})
+        names = ", ".join(map(method_name, schemes)) or "no method at all"
+        raise ValueError(f"calibration needs learned row scales, as in {example}, not {names}")
+
+
+def read_yaml(path: str) -> Any:
+    """Return what is in a YAML file.
+
+    Raises:
+        ValueError: it is not valid YAML; names the line.
+        OSError: it cannot be read.
+    """
+    with open(os.path.expanduser(path), encoding="utf-8") as file:
+        try:
+            return yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def file_suffix(path: str) -> str:
+    """Return the suffix of a file in lower case, of a compressed one that of what is in it."""
     stem, suffix = os.path.splitext(path)
     return os.path.splitext(stem)[1].lower() if suffix in _COMPRESSIONS else suffix.lower()
 
@@ -124,14 +170,23 @@ def _text_documents(paths: list[str]) -> Iterator[dict[str, str]]:
                     yield {"text": document}
 
 
-def _local_files(source: str) -> list[str]:
-    source = os.path.expanduser(source)
-    if os.path.isdir(source):
-        found = sorted(path for path in glob.glob(os.path.join(source, "**"), recursive=True) if os.path.isfile(path))
+def local_files(source: str) -> list[str]:
+    """Return the paths of a file, a folder with all below it, or a glob; none for the name of a Hub data set.
+
+    Raises:
+        FileNotFoundError: ``source`` looks like a path and is not there, or is a folder without files.
+    """
+    path = os.path.expanduser(source)
+    if os.path.isdir(path):
+        found = sorted(name for name in glob.glob(os.path.join(path, "**"), recursive=True) if os.path.isfile(name))
         if not found:
-            raise FileNotFoundError(f"the folder {source} has no files")
+            raise FileNotFoundError(f"the folder {path} has no files")
         return found
-    return sorted(glob.glob(source)) or ([source] if os.path.isfile(source) else [])
+    found = sorted(glob.glob(path)) or ([path] if os.path.isfile(path) else [])
+    named = file_suffix(source) in (".txt", *TABLES) or source.startswith((".", "/", "~")) or "*" in source
+    if named and not found:
+        raise FileNotFoundError(f"there is no file or folder {source}")
+    return found
 
 
 def read_documents(source: str, *, split: str = "train", text_column: str = "text") -> "Dataset":
@@ -156,9 +211,9 @@ def read_documents(source: str, *, split: str = "train", text_column: str = "tex
         import datasets
     except ImportError as error:
         raise ImportError(f"reading texts needs the package datasets ({error}): pip install datasets") from error
-    files = _local_files(source)
+    files = local_files(source)
     if files:
-        kinds = {_TABLES.get(_suffix(path), "text") for path in files}
+        kinds = {TABLES.get(file_suffix(path), "text") for path in files}
         if len(kinds) > 1:
             raise ValueError(f"{source} mixes {', '.join(sorted(kinds))} files; name those of one kind")
         kind = kinds.pop()
@@ -172,8 +227,6 @@ def read_documents(source: str, *, split: str = "train", text_column: str = "tex
                 raise ValueError(f"{source} has no text in it") from None
             except datasets.exceptions.DatasetGenerationError as error:
                 raise ValueError(f"{source} cannot be read as {kind}: {error.__cause__}") from error
-    elif _suffix(source) in (".txt", *_TABLES) or source.startswith((".", "/", "~")) or "*" in source:
-        raise FileNotFoundError(f"there is no file or folder {source}")
     else:
         name, _, config = source.partition(":")
         documents = datasets.load_dataset(name, config or None, split=split)

@@ -130,6 +130,23 @@ def pack_checkpoint(
     return report
 
 
+def is_trained(source: str, config: Any) -> bool:
+    """Return whether a config is that of a QAT checkpoint, and not of a plain one.
+
+    Raises:
+        ValueError: of neither: the model is packed already, or quantized by something else.
+    """
+    quantization = getattr(config, "quantization_config", None) or {}
+    if not isinstance(quantization, dict):
+        quantization = quantization.to_dict()
+    kind = quantization.get("quant_method")
+    if quantization and kind != "fairy2i":
+        raise ValueError(f"{source} is already quantized by {kind}; get it in full precision (bfloat16) first")
+    if quantization.get("mode") == "packed":
+        raise ValueError(f"{source} is packed already")
+    return bool(quantization)
+
+
 def check_method(source: str, trained: bool, method: Method | None, skips: bool = False) -> None:
     """Raise unless a plain checkpoint comes with a method, and a QAT checkpoint without: it has its own.
 
@@ -202,15 +219,7 @@ def _read_headers(folder: str) -> dict[str, _Stored]:
 
 def _skeleton(folder: str, dtype: torch.dtype | str) -> tuple[Any, bool]:
     """Return the model as from_pretrained would load it, on "meta", and whether it is a QAT model."""
-    quantization = getattr(AutoConfig.from_pretrained(folder), "quantization_config", None) or {}
-    if not isinstance(quantization, dict):
-        quantization = quantization.to_dict()
-    if quantization:
-        if quantization.get("quant_method") != "fairy2i":
-            kind = quantization.get("quant_method")
-            raise ValueError(f"{folder} is already quantized by {kind}; get it in full precision (bfloat16) first")
-        if quantization.get("mode") == "packed":
-            raise ValueError(f"{folder} is packed already")
+    trained = is_trained(folder, AutoConfig.from_pretrained(folder))
     with _without_bars():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -224,7 +233,7 @@ def _skeleton(folder: str, dtype: torch.dtype | str) -> tuple[Any, bool]:
     if missing := sorted(info["missing_keys"]):
         some = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
         raise ValueError(f"{folder} has no {some}; the checkpoint is incomplete or of another kind of model")
-    return model, bool(quantization)
+    return model, trained
 
 
 @contextmanager

@@ -20,10 +20,9 @@ from itertools import islice
 from typing import Any
 
 import datasets
-import yaml
 from datasets.utils.file_utils import xopen  # opens files and URLs, and reads on after a broken connection
 
-from ..loading import _TABLES, DOCUMENT_SEPARATOR, _local_files, _suffix
+from ..loading import DOCUMENT_SEPARATOR, TABLES, file_suffix, local_files, read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +86,9 @@ class Subset:
         if isinstance(piece, int):
             rows = _hub_rows(self.hub or "", self.split).shard(self._count, piece)
             yield from self._column(rows.skip(start), f"{self.hub}, shard {piece}")
-        elif _suffix(piece) == ".jsonl":
+        elif file_suffix(piece) == ".jsonl":
             yield from self._lines(piece, start)
-        elif kind := _TABLES.get(_suffix(piece)):
+        elif kind := TABLES.get(file_suffix(piece)):
             rows = datasets.load_dataset(kind, data_files=[piece], split="train", streaming=True)
             yield from self._column(rows.skip(start), piece)
         else:
@@ -167,11 +166,9 @@ def find_subset(name: str, data: str | Sequence[str], **settings: Any) -> Subset
     sources = [data] if isinstance(data, str) else list(data)
     pieces: list[str] = []
     for source in sources:
-        local = [] if source.startswith(_REMOTE) else _local_files(source)
+        local = [] if source.startswith(_REMOTE) else local_files(source)
         if local or source.startswith(_REMOTE):
             pieces += local or [source]
-        elif _suffix(source) in (".txt", *_TABLES) or source.startswith((".", "/", "~")) or "*" in source:
-            raise FileNotFoundError(f"there is no file or folder {source}")
         elif len(sources) > 1:
             raise ValueError(f"{name}: {source} is no file, and a Hub data set must be a subset of its own")
         else:
@@ -205,8 +202,7 @@ def read_sources(
         if skip:
             raise ValueError(f"only a table of subsets has something to skip, {data} is not one")
         return [find_subset("all", data, split=split, text_column=text_column)], None, []
-    with open(os.path.expanduser(data), encoding="utf-8") as file:
-        table = yaml.safe_load(file)
+    table = read_yaml(data)
     if not isinstance(table, dict) or not isinstance(table.get("subsets"), dict) or not table["subsets"]:
         raise ValueError(f"{data} must have a mapping 'subsets' of names to sources")
     if unknown := set(table) - {"subsets", "tokens", "split", "text_column"}:

@@ -201,6 +201,12 @@ def test_a_wrong_table_is_an_error(tmp_path, table, message):
         read_sources(str(tmp_path / "t.yaml"))
 
 
+def test_a_table_that_is_no_yaml_is_named_with_the_line(tmp_path):
+    (tmp_path / "t.yaml").write_text("subsets:\n  a: {data: x\n")
+    with pytest.raises(ValueError, match=r"t\.yaml is not valid YAML: .* line 3"):
+        read_sources(str(tmp_path / "t.yaml"))
+
+
 def test_there_must_be_something_to_skip(tmp_path):
     (tmp_path / "t.yaml").write_text(yaml.safe_dump({"subsets": {"a": {"data": "x"}}}))
     with pytest.raises(ValueError, match="has no subset 'b'; it has a"):
