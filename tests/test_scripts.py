@@ -85,6 +85,16 @@ def test_yaml_values_of_each_type_arrive(tmp_path, monkeypatch):
     assert json.loads(qat.quant_method) == values["quant_method"]
 
 
+@pytest.mark.parametrize(
+    ("argv", "bf16", "precision"),
+    [([], False, "bf16"), (["--bf16", "false"], False, "no"), (["--bf16"], True, "bf16")],
+)
+def test_a_precision_that_is_given_wins_over_that_of_accelerate_launch(monkeypatch, argv, bf16, precision):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    _, args = parsed(monkeypatch, [*argv, "--use_cpu"])
+    assert (args.bf16, args.mixed_precision) == (bf16, precision)
+
+
 @pytest.mark.parametrize("values", [{}, {"skip_modules": []}])
 def test_an_empty_file_or_list_leaves_the_defaults(tmp_path, monkeypatch, values):
     qat, _ = parsed(monkeypatch, ["--config", write_yaml(tmp_path / "c.yaml", values), "--use_cpu"])
@@ -141,6 +151,13 @@ def test_a_wrong_argument_is_an_error_of_one_line(capsys, argv, message):
 
 def test_a_config_that_is_no_mapping_is_refused(tmp_path, capsys):
     assert "must be a mapping" in error_of(capsys, "train", "--config", write_yaml(tmp_path / "c.yaml", ["model"]))
+
+
+def test_a_broken_config_is_an_error_of_one_line_that_says_where(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("model: x\nskip_modules: [a, b\nmax_steps: 1\n", encoding="utf-8")
+    error = error_of(capsys, "train", "--config", str(tmp_path / "c.yaml"))
+    assert error.startswith(f"error: {tmp_path / 'c.yaml'} is not valid YAML: ") and "line 3" in error
+    assert "\n" not in error
 
 
 def test_an_error_shows_its_origin_where_the_environment_asks_for_it(monkeypatch):

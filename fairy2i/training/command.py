@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
+from ..loading import read_yaml
 from .trainer import QATArguments, QATTrainingArguments, run_training
 
 DESCRIPTION = """Train a model with quantization.
@@ -35,11 +36,10 @@ def yaml_to_flags(path: str, known: Sequence[str]) -> list[str]:
     """Turn a YAML mapping into command-line flags, so that both are checked and converted alike.
 
     Raises:
-        ValueError: the file is no mapping, or has a setting that is not among the ``known``.
+        ValueError: the file is not YAML or no mapping, or has a setting that is not among the ``known``.
         OSError: the file cannot be read.
     """
-    with open(path, encoding="utf-8") as file:
-        settings: dict[str, Any] = yaml.safe_load(file) or {}
+    settings: dict[str, Any] = read_yaml(path) or {}
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must be a mapping of names to values")
     flags: list[str] = []
@@ -72,6 +72,9 @@ def parse_args(argv: Sequence[str]) -> tuple[QATArguments, QATTrainingArguments]
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
+    for action in parser._actions:
+        if action.type is string_to_bool:  # where None is the default, the parser wants a value: --bf16 is --bf16 true
+            action.nargs, action.const = "?", True
     parser.add_argument("--config", help="YAML file with settings, the same names as the flags.")
     only_config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     only_config.add_argument("--config")

@@ -37,6 +37,7 @@ from .stream import check_source, stream_blocks
 
 logger = logging.getLogger(__name__)
 
+PRECISION = "ACCELERATE_MIXED_PRECISION"
 SHARDED_LAUNCH = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # "true" where accelerate launched it so
 
 
@@ -107,6 +108,9 @@ class QATTrainingArguments(TrainingArguments):
     """TrainingArguments with the optimizer settings of the paper as defaults; bf16 where the GPU has it."""
 
     output_dir: str = field(default="outputs/qat", metadata={"help": "Where checkpoints and the model go."})
+    bf16: bool | None = field(  # type: ignore[assignment]  # a bool from __post_init__ on
+        default=None, metadata={"help": "Compute in bfloat16 (autocast). Default: where the GPU has it."}
+    )
     learning_rate: float = field(default=3e-5, metadata={"help": "Peak learning rate."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Second beta of AdamW."})
     max_grad_norm: float = field(default=2.0, metadata={"help": "Gradient norm to clip at."})
@@ -146,8 +150,11 @@ class QATTrainingArguments(TrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
 
     def __post_init__(self) -> None:
-        if not self.bf16 and not self.fp16 and not self.use_cpu:
-            self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        if self.bf16 is None:
+            able = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            self.bf16 = able and not self.fp16
+        elif not self.bf16 and os.environ.get(PRECISION) == "bf16":
+            os.environ[PRECISION] = "no"  # the flag wins over the file of `accelerate launch`, which has put it there
         if self.lr_schedule:
             parse_schedule(self.lr_schedule)
             if self.warmup_steps:

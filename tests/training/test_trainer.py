@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from tiny_text import EOS, save_tiny_model, tiny_text, tiny_tokenizer
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from fairy2i import METHODS, PhaseScheme, QATLinear
 from fairy2i.loading import read_documents
@@ -177,6 +177,16 @@ def test_a_missing_argument_is_named(name):
 def test_a_block_longer_than_the_context_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"--block_size 65 is longer than the model's context of 64"):
         train(folder, tmp_path, block_size=65)
+
+
+@pytest.mark.parametrize(("given", "able", "bf16"), [(None, True, 1), (None, False, 0), (False, True, 0), (True, 0, 1)])
+def test_bf16_is_where_the_gpu_has_it_or_as_it_is_given(monkeypatch, given, able, bf16):
+    monkeypatch.setattr(TrainingArguments, "__post_init__", lambda self: None)  # it would look for the GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: able)
+    assert QATTrainingArguments(bf16=given, report_to=[]).bf16 == bf16
+    assert not QATTrainingArguments(fp16=True, report_to=[]).bf16
+    assert not QATTrainingArguments(use_cpu=True, report_to=[]).bf16
 
 
 def test_the_defaults_are_those_of_the_paper():
