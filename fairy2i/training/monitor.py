@@ -6,6 +6,8 @@
 - ``flipped``, the fraction of codes that changed since the last line: how much the quantized model still moves.
   ``scale_mean`` and ``scale_min`` beside it. All three are of a few layers, evenly spread over the model.
 
+The tokens of all steps so far are in ``state.num_input_tokens_seen``, and so in checkpoints.
+
 A loss or gradient that is not finite, or a loss that climbs far above what it has been, ends the run with an error,
 before that step can get into a checkpoint.
 """
@@ -164,7 +166,7 @@ class MonitoredTrainer(Trainer):
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def _check(self, grad_norm: Any) -> None:
-        """Raise if this step has diverged, in all processes alike.
+        """Count the tokens of this step; raise if it has diverged, in all processes alike.
 
         Raises:
             FloatingPointError: names the step, and the batch if it is a single one.
@@ -174,11 +176,14 @@ class MonitoredTrainer(Trainer):
         if self.accelerator.scaler is not None:
             norm = torch.zeros(())  # float16: the scaler tries how far it can go, and skips a step that went too far
         bad = ~(torch.isfinite(losses).all() & torch.isfinite(norm).to(losses.device))
-        over_all = torch.stack([losses.sum(), bad.float()])
+        tokens = losses.new_tensor(sum(ids.numel() for _, ids in self._batches))  # float32: exact up to 16 M
+        over_all = torch.stack([losses.sum(), bad.float(), tokens])
         if self.args.world_size > 1:
             torch.distributed.all_reduce(over_all)
-        loss, bad_processes = over_all.tolist()
+        loss, bad_processes, seen = over_all.tolist()
         loss /= self.args.world_size
+        if self.args.include_num_input_tokens_seen == "no":  # else the Trainer counts, at more cost
+            self.state.num_input_tokens_seen += int(seen)
         if bad_processes:
             raise self._diverged("the loss or its gradient is not finite", losses.tolist(), norm.item())
         smoothed = loss if self._smoothed == float("-inf") else SMOOTHING * self._smoothed + (1 - SMOOTHING) * loss

@@ -517,8 +517,7 @@ def run_training(qat: QATArguments, args: QATTrainingArguments) -> dict[str, flo
     if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
         logger.warning("stopped at step %d of %d; --resume goes on", trainer.state.global_step, trainer.state.max_steps)
         return metrics
-    blocks_a_step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    metrics["train_tokens"] = trainer.state.global_step * blocks_a_step * qat.block_size
+    metrics["train_tokens"] = trainer.state.num_input_tokens_seen
     if eval_data is not None:
         metrics |= trainer.evaluate()
     if use_cache is not None:

@@ -86,6 +86,8 @@ def assert_same_end(one, two):
     a, b = (torch.load(path / f"checkpoint-{STEPS}/optimizer.pt")["state"] for path in (one, two))
     assert a.keys() == b.keys()
     assert [(i, key) for i in a for key in a[i] if not torch.equal(a[i][key], b[i][key])] == []
+    a, b = (json.loads((path / "train_results.json").read_text())["train_tokens"] for path in (one, two))
+    assert a == b > 0
 
 
 def folders(output):

@@ -139,6 +139,17 @@ def test_the_metrics_are_those_of_the_run(straight):
     assert json.loads((output / "train_results.json").read_text())["train_tokens"] == metrics["train_tokens"]
 
 
+def test_tokens_are_counted_as_they_are_trained_on_also_in_the_last_batch_of_an_epoch(folder, tmp_path, in_step):
+    tokens = tokenize_documents(read_documents(str(folder / "train.txt")), tiny_tokenizer())
+    blocks = len(tokens) // BLOCK
+    epoch = {"max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 4, "save_steps": 1}
+    assert blocks % 4 and blocks % 8
+    assert train(folder, tmp_path, **epoch)["train_tokens"] == blocks * BLOCK
+    shutil.rmtree(sorted(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[-1])
+    resumed = train(folder, tmp_path, resume=True, **epoch)
+    assert (resumed["train_tokens"], resumed["epoch"]) == (blocks * BLOCK, 1)
+
+
 @torch.no_grad()
 def test_the_held_out_perplexity_is_that_of_the_saved_model(folder, straight):
     output, metrics = straight
