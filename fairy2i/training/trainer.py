@@ -19,12 +19,21 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from ..calibrate import calibrate
-from ..convert import replace_modules_for_qat
-from ..loading import load_model_and_tokenizer, parse_method, read_documents
+from ..convert import Method, replace_modules_for_qat
+from ..loading import (
+    check_learned_rows,
+    context_length,
+    load_config,
+    load_model_and_tokenizer,
+    local_files,
+    move_to_device,
+    parse_method,
+    read_documents,
+)
 from ..qat import QATLinear
 from ..reuse import Kept, Reuse, reuse_quantized
 from .callbacks import LogLines, StopAndSave
-from .checkpoints import WholeCheckpoints, checkpoints, last_checkpoint
+from .checkpoints import STATE, WholeCheckpoints, checkpoints, last_checkpoint
 from .data import TokenBlocks, tokenize_documents
 from .heldout import HeldOutLoss
 from .monitor import MonitoredTrainer
@@ -32,7 +41,7 @@ from .objective import Objective
 from .schedule import parse_schedule, segment_scheduler
 from .sharding import keep_scales_exact, place_teacher
 from .shards import is_prepared, prepared_blocks
-from .sources import read_sources
+from .sources import is_table, read_sources
 from .stream import check_source, stream_blocks
 
 logger = logging.getLogger(__name__)
@@ -98,9 +107,19 @@ class QATArguments:
         default=None,
         metadata={"help": "Held-out text; its perplexity is measured at the end and, with --eval_steps, on the way."},
     )
+    eval_split: str | None = field(
+        default=None,
+        metadata={"help": "Split of a Hub data set in --eval_data, as validation or test. Default: --data_split."},
+    )
     block_size: int = field(default=2048, metadata={"help": "Tokens in a block."})
     num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize. Default: all cores."})
-    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
+    resume: bool = field(
+        default=False,
+        metadata={
+            "help": "Go on from the last complete checkpoint in output_dir; start afresh where there is none. "
+            "--resume_from_checkpoint names another one."
+        },
+    )
 
 
 @dataclass
@@ -108,6 +127,13 @@ class QATTrainingArguments(TrainingArguments):
     """TrainingArguments with the optimizer settings of the paper as defaults; bf16 where the GPU has it."""
 
     output_dir: str = field(default="outputs/qat", metadata={"help": "Where checkpoints and the model go."})
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the checkpoint to go on from, in output_dir or not; it must be there. --resume finds "
+            "the last one in output_dir by itself."
+        },
+    )
     bf16: bool | None = field(  # type: ignore[assignment]  # a bool from __post_init__ on
         default=None, metadata={"help": "Compute in bfloat16 (autocast). Default: where the GPU has it."}
     )
@@ -206,8 +232,9 @@ class QATTrainer(MonitoredTrainer, WholeCheckpoints, HeldOutLoss):
         loss_chunk_tokens: int = 1024,
         **kwargs: Any,
     ) -> None:
-        # blocks are of one length: nothing to pad
-        super().__init__(data_collator=default_data_collator, **kwargs)
+        if kwargs.get("data_collator") is None:
+            kwargs["data_collator"] = default_data_collator  # blocks are of one length: nothing to pad
+        super().__init__(**kwargs)
         self.objective: Objective | None = None
         self.objective_settings: dict[str, Any] = {
             "distill": distill,
@@ -356,74 +383,189 @@ def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> None:
         raise ValueError("--freeze leaves nothing to train")
 
 
-def _checkpoint_to_resume(args: TrainingArguments, resume: bool, model: nn.Module) -> str | None:
+def _checkpoint_to_resume(args: TrainingArguments, resume: bool) -> str | None:
     """Return the checkpoint to go on from, or None to start afresh.
 
     Raises:
-        ValueError: there are checkpoints and nobody said to resume, or the checkpoint is of another method.
+        ValueError: there are checkpoints and nobody said to resume, or the one that was named is not there.
     """
+    if named := args.resume_from_checkpoint:
+        if not os.path.isfile(os.path.join(named, STATE)):
+            raise ValueError(f"--resume_from_checkpoint {named} is no checkpoint: it has no {STATE}")
+        return named
     there = checkpoints(args.output_dir or "")
-    checkpoint = args.resume_from_checkpoint or (last_checkpoint(args.output_dir or "") if resume else None)
-    if checkpoint is None:
-        if there and not resume:
-            raise ValueError(
-                f"{args.output_dir} already has {os.path.basename(there[-1])}; add --resume to go on from it, or "
-                "choose another --output_dir"
-            )
-        if resume:
-            logger.warning("nothing to resume in %s, starting afresh", args.output_dir)
-        return None
+    if there and not resume:
+        raise ValueError(
+            f"{args.output_dir} already has {os.path.basename(there[-1])}; add --resume to go on from it, or "
+            "choose another --output_dir"
+        )
+    last = last_checkpoint(args.output_dir or "") if resume else None
+    if resume and last is None:
+        logger.warning("nothing to resume in %s, starting afresh", args.output_dir)
+    return last
+
+
+def _check_same_method(checkpoint: str, model: nn.Module) -> None:
+    """Raise unless a checkpoint is of a model that is quantized as this one is.
+
+    Raises:
+        ValueError: names the checkpoint.
+    """
     with open(os.path.join(checkpoint, "config.json"), encoding="utf-8") as file:
         saved = json.load(file).get("quantization_config")
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if saved != (config and config.to_dict()):
         raise ValueError(f"{checkpoint} was trained with another quant_method; give the same one to resume")
-    logger.info("resuming from %s", checkpoint)
-    return checkpoint
 
 
-def _load_teacher(qat: QATArguments, quantizes: bool, model: nn.Module, tokenizer: Any) -> nn.Module | None:
-    """Return the model to distil from, a copy of ``model`` as it was loaded or the one of --teacher, or None.
+def _check_distillation(qat: QATArguments, quantizes: bool) -> bool:
+    """Return whether there is to be a teacher, after a look at its settings.
 
     Raises:
-        ValueError: the settings do not fit together, or the model does not fit as a teacher.
+        ValueError: a setting is out of range, they do not fit together, or the teacher is a quantized model.
     """
     if not 0 <= qat.distill <= 1 or qat.distill_temperature <= 0 or qat.distill_hidden < 0:
         raise ValueError(
             "--distill must be between 0 and 1, --distill_temperature above 0, --distill_hidden not negative"
         )
-    if qat.loss_chunk_tokens < 0:
-        raise ValueError("--loss_chunk_tokens must not be negative")
     if not qat.distill and not qat.distill_hidden:
         if qat.teacher:
             raise ValueError("--teacher says from what to distil but not how much; give --distill too (try 0.5)")
-        return None
-    if qat.teacher:
-        teacher, its_tokenizer = load_model_and_tokenizer(qat.teacher)
-        if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-            raise ValueError(f"--teacher {qat.teacher} has another vocabulary than {qat.model}")
-    elif not quantizes:
+        return False
+    if not qat.teacher and not quantizes:
         raise ValueError("--distill needs a --quant_method: an unquantized model has nothing to learn from itself")
-    else:
-        teacher = model
-    if any(isinstance(module, QATLinear) for module in teacher.modules()):
+    config = load_config(qat.teacher) if qat.teacher else load_config(qat.model, qat.gguf_file)
+    if getattr(config, "quantization_config", None):
         raise ValueError(
-            "--distill needs an unquantized teacher, and this is a QAT checkpoint; name the model that it came from "
-            "with --teacher"
+            f"--distill needs an unquantized teacher, and {qat.teacher or qat.model} is quantized; name the model that "
+            "it came from with --teacher"
         )
-    return teacher if qat.teacher else copy.deepcopy(teacher)
+    return True
+
+
+def _is_sharded(args: TrainingArguments) -> bool:
+    """Return whether the model will be divided over the processes."""
+    return bool(args.fsdp or args.deepspeed or any(os.environ.get(name) == "true" for name in SHARDED_LAUNCH))
+
+
+def _check_calibration(qat: QATArguments, args: TrainingArguments, method: Method | None) -> None:
+    """Raise if calibration is asked for where it cannot be.
+
+    Raises:
+        ValueError: says what it needs.
+    """
+    if not qat.calibrate_tokens:
+        return
+    if method is None or args.world_size > 1 or _is_sharded(args):
+        raise ValueError(
+            "--calibrate_tokens is for one process and a quantized model; for more processes train one step with it in "
+            "one process, and start the others from the model that it saves"
+        )
+    check_learned_rows(method)
+    if qat.calibrate_tokens < qat.block_size:
+        raise ValueError(f"--calibrate_tokens {qat.calibrate_tokens} is less than one block of {qat.block_size}")
+
+
+def _check_data(qat: QATArguments, max_steps: int) -> None:
+    """Find the texts, without reading them.
+
+    Raises:
+        ValueError, FileNotFoundError: one is not there, or cannot be used as the settings say.
+    """
+    check_source(qat.data, qat.streaming, max_steps)
+    if qat.streaming:
+        read_sources(qat.data, split=qat.data_split, text_column=qat.text_column)
+    elif not is_prepared(qat.data):
+        local_files(qat.data)
+    if qat.eval_data and is_table(qat.eval_data):
+        raise ValueError(f"--eval_data {qat.eval_data} is a table of subsets; `fairy2i prepare` it first")
+    if qat.eval_data and not is_prepared(qat.eval_data):
+        local_files(qat.eval_data)
+
+
+def _check_arguments(qat: QATArguments, args: QATTrainingArguments) -> tuple[Method | None, bool, str | None]:
+    """Check all that can be told before weights are loaded and texts are read.
+
+    Returns:
+        The method, whether there is to be a teacher, and the checkpoint to go on from.
+
+    Raises:
+        ValueError, FileNotFoundError: an argument is missing or wrong; the message says what to give instead.
+    """
+    for name in ("model", "data"):
+        if not getattr(qat, name):
+            raise ValueError(f"--{name} is missing; give it on the command line or in the --config file")
+    if args.eval_strategy != "no" and not qat.eval_data:
+        raise ValueError("--eval_steps and --eval_strategy need --eval_data")
+    if qat.loss_chunk_tokens < 0:
+        raise ValueError("--loss_chunk_tokens must not be negative")
+    method = parse_method(qat.quant_method)
+    _check_data(qat, args.max_steps)
+    checkpoint = _checkpoint_to_resume(args, qat.resume)
+    context = context_length(load_config(qat.model, qat.gguf_file))
+    if qat.block_size < 2:
+        raise ValueError(f"--block_size must be at least 2, got {qat.block_size}")
+    if context and qat.block_size > context:
+        raise ValueError(f"--block_size {qat.block_size} is longer than the model's context of {context}")
+    _check_calibration(qat, args, method)
+    return method, _check_distillation(qat, method is not None), checkpoint
+
+
+def _load_teacher(qat: QATArguments, model: nn.Module, tokenizer: Any) -> nn.Module:
+    """Return the model to distil from: the one of --teacher, or a copy of ``model``, which is as it was loaded.
+
+    Raises:
+        ValueError: the tokenizers differ.
+    """
+    if not qat.teacher:
+        return copy.deepcopy(model)
+    teacher, its_tokenizer = load_model_and_tokenizer(qat.teacher)
+    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"--teacher {qat.teacher} has another vocabulary than {qat.model}")
+    return teacher
+
+
+def _load_blocks(source: str, split: str, qat: QATArguments, model: Any, tokenizer: Any) -> TokenBlocks:
+    """Return the token blocks of a text, or of shards."""
+    if is_prepared(source):
+        return prepared_blocks(source, qat.block_size, tokenizer, model.config.get_text_config().vocab_size)
+    documents = read_documents(source, split=split, text_column=qat.text_column)
+    tokens = tokenize_documents(documents, tokenizer, qat.num_proc or os.cpu_count())
+    return TokenBlocks(tokens, qat.block_size, tokenizer.eos_token_id)
+
+
+def _load_data(
+    qat: QATArguments, args: QATTrainingArguments, model: Any, tokenizer: Any
+) -> tuple[Any, TokenBlocks | None]:
+    """Return the blocks to train on, streamed or not, and those to evaluate on, if any.
+
+    The first process of a machine goes first: the others find in the cache of ``datasets`` what it has tokenized.
+
+    Raises:
+        ValueError: a text cannot be read, is too short, or does not belong to this tokenizer.
+    """
+    with args.main_process_first(desc="tokenizing"):
+        if qat.streaming:
+            subsets, *_ = read_sources(qat.data, split=qat.data_split, text_column=qat.text_column)
+            seed = args.seed if args.data_seed is None else args.data_seed
+            train_data: Any = stream_blocks(subsets, tokenizer, qat.block_size, seed=seed)
+        else:
+            train_data = _load_blocks(qat.data, qat.data_split, qat, model, tokenizer)
+        if not qat.eval_data:
+            return train_data, None
+        return train_data, _load_blocks(qat.eval_data, qat.eval_split or qat.data_split, qat, model, tokenizer)
 
 
 def _calibrate(model: nn.Module, data: Any, tokens: int, block_size: int) -> None:
     """Calibrate a converted model on the first blocks of the training text, in place.
 
     Raises:
-        ValueError: there is less than one block, or the scheme has no learned row scales.
+        ValueError: there is no block, or a layer without learned row scales.
     """
     count = tokens // block_size
     blocks = [torch.as_tensor(block["input_ids"]) for block in itertools.islice(iter(data), count)]
     if not blocks:
-        raise ValueError(f"--calibrate_tokens {tokens} is less than one block of {block_size}")
+        raise ValueError("the text has not one block to calibrate on")
     done = calibrate(model, torch.stack(blocks).long())
     before, after = (sum(getattr(layer, when) for layer in done) / len(done) for when in ("before", "after"))
     logger.info(
@@ -442,50 +584,19 @@ def run_training(qat: QATArguments, args: QATTrainingArguments) -> dict[str, flo
     Raises:
         ValueError, FileNotFoundError: an argument is missing or wrong; the message says what to give instead.
     """
-    for name in ("model", "data"):
-        if not getattr(qat, name):
-            raise ValueError(f"--{name} is missing; give it on the command line or in the --config file")
-    if args.eval_strategy != "no" and not qat.eval_data:
-        raise ValueError("--eval_steps and --eval_strategy need --eval_data")
-    check_source(qat.data, qat.streaming, args.max_steps)
-    method = parse_method(qat.quant_method)
+    method, distils, checkpoint = _check_arguments(qat, args)
     set_seed(args.seed)
     model, tokenizer = load_model_and_tokenizer(qat.model, gguf_file=qat.gguf_file, tokenizer=qat.tokenizer)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context and qat.block_size > context:
-        raise ValueError(f"--block_size {qat.block_size} is longer than the model's context of {context}")
-    teacher = _load_teacher(qat, method is not None, model, tokenizer)
-    sharded = args.fsdp or args.deepspeed or any(os.environ.get(name) == "true" for name in SHARDED_LAUNCH)
-    if not sharded:  # else it may not fit on one device
-        model.to(args.device)  # learned scales are fitted where that is fast
+    teacher = _load_teacher(qat, model, tokenizer) if distils else None
+    if not _is_sharded(args):  # else it may not fit on one device
+        move_to_device(model, args.device)  # learned scales are fitted where that is fast
     if method is not None:
         logger.info("%s", replace_modules_for_qat(model, method, qat.skip_lm_head, qat.skip_modules))
-    if qat.calibrate_tokens and (sharded or args.world_size > 1 or method is None):
-        raise ValueError(
-            "--calibrate_tokens is for one process and a quantized model; for more processes train one step with it in "
-            "one process, and start the others from the model that it saves"
-        )
     freeze_parameters(model, qat.freeze)
-    checkpoint = _checkpoint_to_resume(args, qat.resume, model)
-
-    workers = qat.num_proc or os.cpu_count()
-
-    def blocks(source: str) -> TokenBlocks:
-        if is_prepared(source):
-            rows = model.config.get_text_config().vocab_size
-            return prepared_blocks(source, qat.block_size, tokenizer, rows)
-        documents = read_documents(source, split=qat.data_split, text_column=qat.text_column)
-        return TokenBlocks(tokenize_documents(documents, tokenizer, workers), qat.block_size, tokenizer.eos_token_id)
-
-    def stream() -> Any:
-        subsets, *_ = read_sources(qat.data, split=qat.data_split, text_column=qat.text_column)
-        seed = args.seed if args.data_seed is None else args.data_seed
-        return stream_blocks(subsets, tokenizer, qat.block_size, seed=seed)
-
-    with args.main_process_first(desc="tokenizing"):
-        train_data = stream() if qat.streaming else blocks(qat.data)
-        eval_data = blocks(qat.eval_data) if qat.eval_data else None
-
+    if checkpoint:
+        _check_same_method(checkpoint, model)
+        logger.info("resuming from %s", checkpoint)
+    train_data, eval_data = _load_data(qat, args, model, tokenizer)
     if qat.calibrate_tokens and checkpoint is None:
         _calibrate(model, train_data, qat.calibrate_tokens, qat.block_size)
 

@@ -11,8 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from tiny_models import tiny_model
 from tiny_text import EOS, save_tiny_model, tiny_text, tiny_tokenizer
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from fairy2i import METHODS, PhaseScheme, QATLinear
 from fairy2i.loading import read_documents
@@ -20,10 +27,11 @@ from fairy2i.training import trainer as module
 from fairy2i.training.callbacks import StopAndSave
 from fairy2i.training.data import TokenBlocks, tokenize_documents
 from fairy2i.training.loss import distillation_loss
-from fairy2i.training.trainer import QATArguments, QATTrainingArguments, run_training
+from fairy2i.training.trainer import QATArguments, QATTrainer, QATTrainingArguments, run_training
 
 V2 = "complex_phase_v2"
 LEARNED = PhaseScheme(granularity="row", scales="learned")
+LEARNED_ROWS = json.dumps(LEARNED.to_dict())
 STEPS, BATCH, ACCUMULATION, BLOCK = 4, 2, 2, 16
 
 
@@ -48,10 +56,11 @@ def train(
     freeze=(),
     distill=0.0,
     calibrate_tokens=0,
+    qat=(),
     **settings,
 ):
     """Run four steps, with a checkpoint after the second, or what the settings say; return the metrics."""
-    qat = QATArguments(
+    arguments = QATArguments(
         model=str(folder / "model"),
         data=str(folder / "train.txt"),
         quant_method=method,
@@ -62,6 +71,8 @@ def train(
         distill=distill,
         calibrate_tokens=calibrate_tokens,
     )
+    for name, value in dict(qat).items():
+        setattr(arguments, name, value)
     defaults = {
         "max_steps": STEPS,
         "save_steps": 2,
@@ -71,7 +82,7 @@ def train(
         "logging_steps": 1,
     }
     fixed = {"output_dir": str(output), "use_cpu": True, "disable_tqdm": True, "report_to": "none"}
-    return run_training(qat, QATTrainingArguments(**{**defaults, **fixed, **settings}))
+    return run_training(arguments, QATTrainingArguments(**{**defaults, **fixed, **settings}))
 
 
 @pytest.fixture(scope="module")
@@ -185,9 +196,52 @@ def test_a_missing_argument_is_named(name):
         run_training(qat, QATTrainingArguments(use_cpu=True))
 
 
-def test_a_block_longer_than_the_context_is_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"--block_size 65 is longer than the model's context of 64"):
-        train(folder, tmp_path, block_size=65)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"block_size": 65}, r"--block_size 65 is longer than the model's context of 64"),
+        ({"block_size": 1}, r"--block_size must be at least 2, got 1"),
+        ({"qat": {"data": "/no/such/text"}}, r"there is no file or folder /no/such/text"),
+        ({"qat": {"data": "no.jsonl", "streaming": True}}, r"there is no file or folder no.jsonl"),
+        ({"eval_data": "no.txt"}, r"there is no file or folder no.txt"),
+        ({"eval_data": "table.yaml"}, r"--eval_data table.yaml is a table of subsets; `fairy2i prepare` it first"),
+        ({"qat": {"loss_chunk_tokens": -1}}, r"--loss_chunk_tokens must not be negative"),
+        ({"calibrate_tokens": 256, "method": "none"}, r"for one process and a quantized model"),
+        ({"calibrate_tokens": 256, "method": V2}, r"needs learned row scales.*, not complex_phase_v2"),
+        ({"calibrate_tokens": 3, "method": LEARNED_ROWS}, r"--calibrate_tokens 3 is less than one block of 16"),
+        ({"distill": 1.5}, r"--distill must be between 0 and 1"),
+        ({"distill": 0.5, "method": "none"}, r"--distill needs a --quant_method"),
+        ({"qat": {"teacher": "x"}}, r"--teacher says from what to distil but not how much"),
+        ({"distill": 0.5, "qat": {"teacher": "./no"}}, r"there is no model folder ./no"),
+        ({"distill": 0.5, "qat": {"teacher": "straight"}}, r"needs an unquantized teacher, and .* is quantized"),
+        ({"resume_from_checkpoint": "no/checkpoint-1"}, r"no/checkpoint-1 is no checkpoint: it has no trainer_state"),
+        ({"output_dir": "straight"}, r"already has checkpoint-4; add --resume .* or choose another --output_dir"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_model_is_loaded(
+    folder, straight, tmp_path, monkeypatch, settings, message
+):
+    monkeypatch.setattr(module, "load_model_and_tokenizer", lambda *_, **__: pytest.fail("loaded first"))
+    settings = dict(settings)
+    output = straight[0] if settings.pop("output_dir", None) else tmp_path
+    if settings.get("qat", {}).get("teacher") == "straight":
+        settings["qat"] = {"teacher": str(straight[0])}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(folder, output, **settings)
+
+
+@pytest.mark.parametrize(("given", "read"), [(None, "train[:90%]"), ("validation", "validation")])
+def test_held_out_text_has_a_split_of_its_own(folder, tmp_path, monkeypatch, given, read):
+    seen = {}
+
+    def look(source, split, text_column):
+        seen[source] = split
+        return read_documents(source, split=split, text_column=text_column)
+
+    monkeypatch.setattr(module, "read_documents", look)
+    data = str(folder / "held_out.txt")
+    train(folder, tmp_path, eval_data=data, max_steps=1, qat={"data_split": "train[:90%]", "eval_split": given})
+    assert seen == {str(folder / "train.txt"): "train[:90%]", data: read}
 
 
 @pytest.mark.parametrize(("given", "able", "bf16"), [(None, True, 1), (None, False, 0), (False, True, 0), (True, 0, 1)])
@@ -198,6 +252,25 @@ def test_bf16_is_where_the_gpu_has_it_or_as_it_is_given(monkeypatch, given, able
     assert QATTrainingArguments(bf16=given, report_to=[]).bf16 == bf16
     assert not QATTrainingArguments(fp16=True, report_to=[]).bf16
     assert not QATTrainingArguments(use_cpu=True, report_to=[]).bf16
+
+
+def test_a_model_that_does_not_fit_is_an_error_that_says_where(folder, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(LlamaForCausalLM, "to", refuse)
+    with pytest.raises(ValueError, match="the model cannot go to cpu: out of memory"):
+        train(folder, tmp_path)
+
+
+def test_the_trainer_takes_another_collator(tmp_path):
+    args = QATTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+
+    def collate(rows):
+        return default_data_collator(rows[:1])
+
+    assert QATTrainer(model=tiny_model(), args=args, data_collator=collate).data_collator is collate
+    assert QATTrainer(model=tiny_model(), args=args).data_collator is default_data_collator
 
 
 def test_the_defaults_are_those_of_the_paper():
@@ -223,11 +296,10 @@ def test_training_in_two_goes_is_training_in_one_bit_for_bit(folder, straight, t
     assert same(weights(one), weights(two))
 
 
-def test_checkpoints_are_not_overwritten_without_being_asked(folder, straight, tmp_path):
-    shutil.copytree(straight[0] / "checkpoint-2", tmp_path / "checkpoint-2")
-    with pytest.raises(ValueError, match=r"already has checkpoint-2; add --resume .* or choose another --output_dir"):
-        train(folder, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+def test_a_named_checkpoint_is_resumed_wherever_it_lies(folder, straight, tmp_path, in_step):
+    in_step(1, lambda: pytest.fail("the first step is done already"))
+    train(folder, tmp_path, resume_from_checkpoint=str(straight[0] / "checkpoint-2"))
+    assert same(weights(tmp_path), weights(straight[0]))
 
 
 @pytest.mark.parametrize("method", ["complex_phase_v1", "none", json.dumps({"*_proj": V2})])
@@ -336,15 +408,6 @@ def test_distillation_pulls_the_student_to_the_teacher(folder, tmp_path):
     assert divergence(tmp_path / "kl") < 0.5 * divergence(tmp_path / "ce")
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [({"distill": 1.5}, "between 0 and 1"), ({"distill": 0.5, "method": "none"}, "needs a --quant_method")],
-)
-def test_impossible_distillation_is_refused(folder, tmp_path, settings, message):
-    with pytest.raises(ValueError, match=message):
-        train(folder, tmp_path, **settings)
-
-
 def test_an_ignored_signal_stays_ignored(handlers):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     stop = StopAndSave()
@@ -431,9 +494,6 @@ def test_the_best_checkpoint_is_kept_beside_the_last_and_found_under_its_name(fo
     assert same(weights(tmp_path), weights(tmp_path / f"checkpoint-{step}"))
 
 
-LEARNED_ROWS = '{"kind": "phase", "stages": 2, "granularity": "row", "scales": "learned"}'
-
-
 def test_a_calibrated_start_is_better_than_a_rounded_one(folder, tmp_path):
     losses = []
     for tokens in (0, 256):
@@ -442,16 +502,3 @@ def test_a_calibrated_start_is_better_than_a_rounded_one(folder, tmp_path):
             train(folder, out, LEARNED_ROWS, distill=1.0, calibrate_tokens=tokens, max_steps=1, learning_rate=0.0)
         )
     assert losses[1]["train_loss"] < losses[0]["train_loss"]
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"method": "none"}, "for one process and a quantized model"),
-        ({"method": V2}, "needs learned row scales"),
-        ({"method": LEARNED_ROWS, "calibrate_tokens": 3}, "less than one block"),
-    ],
-)
-def test_calibration_that_cannot_be_is_refused(folder, tmp_path, settings, message):
-    with pytest.raises(ValueError, match=message):
-        train(folder, tmp_path, **{"calibrate_tokens": 256, **settings})
