@@ -27,6 +27,14 @@ SCALE_MIN: tl.constexpr = tl.constexpr(1e-6)  # as in fairy2i.phase_quant
 
 
 @triton.jit
+def _places(r, r_end, c, c_end, BR: tl.constexpr, BC: tl.constexpr):
+    """Return rows (BR,) and columns (BC,) of a chunk, wide enough to address with, and which of it is there."""
+    rows = r + tl.arange(0, BR)
+    cols = c + tl.arange(0, BC)
+    return rows.to(tl.int64), cols.to(tl.int64), (rows < r_end)[:, None] & (cols < c_end)[None, :]
+
+
+@triton.jit
 def _load_blocks(matrix, rows, cols, row_stride, col_stride, down, right, inside):
     """Return the quarters A11, A12, A21, A22 at (rows, cols) as float32, 0 outside."""
     at = matrix + rows[:, None] * row_stride + cols[None, :] * col_stride
@@ -57,6 +65,22 @@ def _units(p_positive, q_positive):
     p = p_positive.to(tl.float32)
     q = q_positive.to(tl.float32)
     return p + q - 1, p - q
+
+
+@triton.jit
+def _scaled_unit(p_positive, real, scale_re, scale_im):
+    """Return scale times unit, (re, im), as a product would be: NaN where an infinite scale meets a zero."""
+    re = tl.where(real, tl.where(p_positive, scale_re, -scale_re), scale_re * 0.0)
+    im = tl.where(real, scale_im * 0.0, tl.where(p_positive, scale_im, -scale_im))
+    return re, im
+
+
+@triton.jit
+def _magnitudes(re, im, p_positive, real, inside):
+    """Return value times unit, (re, im): the magnitude where the unit is on this axis, else 0; and 0 outside."""
+    re = tl.where(real, tl.where(p_positive, re, -re), re * 0.0)
+    im = tl.where(real, im * 0.0, tl.where(p_positive, im, -im))
+    return tl.where(inside, re, 0.0), tl.where(inside, im, 0.0)
 
 
 @triton.jit
@@ -99,12 +123,12 @@ def _residual(re_u, im_u, re_w, im_w, known, STAGES: tl.constexpr):
     for t in tl.static_range(STAGES):
         p_u, q_u = _encode(re_u, im_u)
         p_w, q_w = _encode(re_w, im_w)
-        unit_re_u, unit_im_u = _units(p_u, q_u)
-        unit_re_w, unit_im_w = _units(p_w, q_w)
-        re_u = re_u - known[4 * t] * unit_re_u
-        im_u = im_u - known[4 * t + 1] * unit_im_u
-        re_w = re_w - known[4 * t + 2] * unit_re_w
-        im_w = im_w - known[4 * t + 3] * unit_im_w
+        off_re_u, off_im_u = _scaled_unit(p_u, p_u == q_u, known[4 * t], known[4 * t + 1])
+        off_re_w, off_im_w = _scaled_unit(p_w, p_w == q_w, known[4 * t + 2], known[4 * t + 3])
+        re_u -= off_re_u
+        im_u -= off_im_u
+        re_w -= off_re_w
+        im_w -= off_im_w
     return re_u, im_u, re_w, im_w
 
 
@@ -127,21 +151,19 @@ def _stage_sums(
     real_u = tl.zeros([BR, BC // OWN], tl.int32)
     real_w = tl.zeros([BR, BC // OWN], tl.int32)
     for r in range(r_begin, r_end, BR):
-        rows = r + tl.arange(0, BR).to(tl.int64)
         for c in range(c_begin, c_end, BC):
-            cols = c + tl.arange(0, BC).to(tl.int64)
-            inside = (rows < r_end)[:, None] & (cols < c_end)[None, :]
+            rows, cols, inside = _places(r, r_end, c, c_end, BR, BC)
             a11, a12, a21, a22 = _load_blocks(weight, rows, cols, row_stride, col_stride, down, right, inside)
             re_u, im_u, re_w, im_w = _parts(a11, a12, a21, a22)
             re_u, im_u, re_w, im_w = _residual(re_u, im_u, re_w, im_w, known, STAGE)
             p_u, q_u = _encode(re_u, im_u)
             p_w, q_w = _encode(re_w, im_w)
-            unit_re_u, unit_im_u = _units(p_u, q_u)
-            unit_re_w, unit_im_w = _units(p_w, q_w)
-            sum_re_u += _own_sum(tl.where(inside, re_u * unit_re_u, 0.0).to(tl.float64), OWN)
-            sum_im_u += _own_sum(tl.where(inside, im_u * unit_im_u, 0.0).to(tl.float64), OWN)
-            sum_re_w += _own_sum(tl.where(inside, re_w * unit_re_w, 0.0).to(tl.float64), OWN)
-            sum_im_w += _own_sum(tl.where(inside, im_w * unit_im_w, 0.0).to(tl.float64), OWN)
+            size_re_u, size_im_u = _magnitudes(re_u, im_u, p_u, p_u == q_u, inside)
+            size_re_w, size_im_w = _magnitudes(re_w, im_w, p_w, p_w == q_w, inside)
+            sum_re_u += _own_sum(size_re_u.to(tl.float64), OWN)
+            sum_im_u += _own_sum(size_im_u.to(tl.float64), OWN)
+            sum_re_w += _own_sum(size_re_w.to(tl.float64), OWN)
+            sum_im_w += _own_sum(size_im_w.to(tl.float64), OWN)
             real_u += _own_sum((inside & (p_u == q_u)).to(tl.int32), OWN)
             real_w += _own_sum((inside & (p_w == q_w)).to(tl.int32), OWN)
     return sum_re_u, sum_im_u, sum_re_w, sum_im_w, real_u, real_w
@@ -182,10 +204,8 @@ def _write(
     FROM_CODES reads the block codes instead of the weight.
     """
     for r in range(r_begin, r_end, BR):
-        rows = r + tl.arange(0, BR).to(tl.int64)
         for c in range(c_begin, c_end, BC):
-            cols = c + tl.arange(0, BC).to(tl.int64)
-            inside = (rows < r_end)[:, None] & (cols < c_end)[None, :]
+            rows, cols, inside = _places(r, r_end, c, c_end, BR, BC)
             block = rows[:, None] * m + cols[None, :]
             if not FROM_CODES:
                 a11, a12, a21, a22 = _load_blocks(weight, rows, cols, row_stride, col_stride, down, right, inside)
@@ -194,13 +214,13 @@ def _write(
                 if FROM_CODES:
                     if t % 2 == 0:
                         byte = tl.load(codes + (t // 2) * plane + block, inside, 0).to(tl.int32)
-                    unit_re_u, unit_im_u = _code_units(byte >> (4 * (t % 2)))
-                    unit_re_w, unit_im_w = _code_units(byte >> (4 * (t % 2) + 2))
+                    nibble = byte >> (4 * (t % 2))
+                    p_u, real_u = (nibble & 1) != 0, (nibble & 2) == 0
+                    p_w, real_w = (nibble & 4) != 0, (nibble & 8) == 0
                 else:
                     p_u, q_u = _encode(re_u, im_u)
                     p_w, q_w = _encode(re_w, im_w)
-                    unit_re_u, unit_im_u = _units(p_u, q_u)
-                    unit_re_w, unit_im_w = _units(p_w, q_w)
+                    real_u, real_w = p_u == q_u, p_w == q_w
                     if CODES:
                         nibble = _code(p_u, q_u) + _code(p_w, q_w) * 4
                         if t % 2 == 0:
@@ -209,10 +229,8 @@ def _write(
                             byte += nibble * 16
                         if t % 2 == 1 or t == STAGES - 1:
                             tl.store(codes + (t // 2) * plane + block, byte.to(tl.uint8), inside)
-                add_re_u = known[4 * t] * unit_re_u
-                add_im_u = known[4 * t + 1] * unit_im_u
-                add_re_w = known[4 * t + 2] * unit_re_w
-                add_im_w = known[4 * t + 3] * unit_im_w
+                add_re_u, add_im_u = _scaled_unit(p_u, real_u, known[4 * t], known[4 * t + 1])
+                add_re_w, add_im_w = _scaled_unit(p_w, real_w, known[4 * t + 2], known[4 * t + 3])
                 if t == 0:
                     out_re_u, out_im_u, out_re_w, out_im_w = add_re_u, add_im_u, add_re_w, add_im_w
                 else:
@@ -362,10 +380,8 @@ def sum_scale_gradients(
         total = tl.zeros([LANES], tl.float64)
     lane = tl.arange(0, LANES)
     for r in range(r_begin, r_end, BR):
-        rows = r + tl.arange(0, BR).to(tl.int64)
         for c in range(c_begin, c_end, BC):
-            cols = c + tl.arange(0, BC).to(tl.int64)
-            inside = (rows < r_end)[:, None] & (cols < c_end)[None, :]
+            rows, cols, inside = _places(r, r_end, c, c_end, BR, BC)
             g11, g12, g21, g22 = _load_blocks(
                 grad, rows, cols, grad_row_stride, grad_col_stride, grad_down, grad_right, inside
             )
