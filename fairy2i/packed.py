@@ -60,6 +60,15 @@ def _kernels_on() -> bool:
     return reason is None
 
 
+@torch.compiler.assume_constant_result
+def _tell_not_ready() -> None:
+    _tell(
+        logging.WARNING,
+        "packed layers were compiled before a kernel had their codes, so the graph multiplies by PyTorch, slowly; "
+        "call use_backend(model, 'cpu_exact'), or the model, before torch.compile",
+    )
+
+
 class _PackedMultiply(torch.autograd.Function):
     """y = x w^T + bias; w is rebuilt in forward and again in backward, and not kept in between."""
 
@@ -172,24 +181,27 @@ class PackedLinear(nn.Module):
         assert codes is not None
         return codes
 
-    def _repack(self, mode: str | None) -> None:
+    def _repack(self, mode: str | None) -> "cpu.Layer | None":
         """Hold the codes as the kernel of a mode wants them, or with None in the order of the format."""
         with _repacking:  # threads may share a model
-            layout = None if mode is None else layout_of(self.scheme, mode)
-            if layout == self._layout:
-                return
-            codes = self.codes
-            if layout is None:
-                self._hold(codes, None)
-                self._layout = self._kernel = None
-                return
+            if mode is None:
+                if self._layout is not None:
+                    self._hold(self.codes, None)
+                    self._layout = self._kernel = None
+                return None
+            layout = layout_of(self.scheme, mode)
             shape = code_rows_and_columns(self.out_features, self.in_features, layout[0])
-            self.scales = self.scales.contiguous()
-            words = cpu.repack(codes, shape, layout)
+            words = self.words
+            if words is None or layout != self._layout:
+                words = cpu.repack(self.codes, shape, layout)
+            if not self.scales.is_contiguous():
+                self.scales = self.scales.contiguous()
             kernel = cpu.describe(shape, layout, self.scales)
             kernel.codes = words.data_ptr()
+            kernel.mode_name, kernel.memory = mode, (words, self.scales)  # theirs while a call runs, whatever comes
             self._hold(None, words)
             self._layout, self._kernel = layout, kernel
+            return kernel
 
     def backend_for(self, x: Tensor | None = None) -> str:
         """Return the backend that multiplies such an input: "reference", "cpu_exact" or "cpu_int8".
@@ -259,35 +271,33 @@ class PackedLinear(nn.Module):
     def _multiply(self, x: Tensor, backend: str) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise RuntimeError(f"the layer has {self.in_features} input features, got an input of {tuple(x.shape)}")
+        if torch.compiler.is_compiling() and (self._layout != layout_of(self.scheme, backend) or self.words is None):
+            _tell_not_ready()  # codes cannot be repacked while a graph is made
+            return F.linear(x, self.dense_weight_as(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         if self.scheme.rotation:  # the codes are those of the rotated weight
             return self._multiply_codes(rotate(x.float(), self.scheme.rotation), backend).to(x.dtype)
         return self._multiply_codes(x, backend)
 
     def _multiply_codes(self, x: Tensor, backend: str) -> Tensor:
-        layout = layout_of(self.scheme, backend)
-        ready = self._layout == layout
         bias = None if self.bias is None else self.bias.detach()
-        if torch.compiler.is_compiling():  # repacked while the graph is made, if not before
-            words = self.words if ready else self._repacked(backend)
-            assert words is not None
-            return packed_linear(x, words, self.scales, bias, self.out_features, layout)
-        if not ready or (self._kernel is not None and self._kernel.scales != self.scales.data_ptr()):
-            self._repack(None)  # other scales were put into the layer
-            self._repacked(backend)
-        if _watched(x):
+        if torch.compiler.is_compiling():
+            layout = layout_of(self.scheme, backend)
             assert self.words is not None
             return packed_linear(x, self.words, self.scales, bias, self.out_features, layout)
+        kernel = self._kernel
+        if kernel is None or kernel.mode_name != backend or kernel.scales != self.scales.data_ptr():
+            kernel = self._repacked(backend)
+        if _watched(x):
+            return packed_linear(x, *kernel.memory, bias, self.out_features, layout_of(self.scheme, backend))
         if bias is not None and bias.dtype != torch.float32:
             bias = bias.float()
-        assert self._kernel is not None
-        return cpu.run(self._kernel, x.contiguous(), bias, self.out_features)
+        return cpu.run(kernel, x.contiguous(), bias, self.out_features)
 
-    @torch.compiler.assume_constant_result
-    def _repacked(self, backend: str) -> Tensor:
-        self._repack(backend)
+    def _repacked(self, backend: str) -> "cpu.Layer":
+        kernel = self._repack(backend)
         _tell(logging.INFO, f"packed layers: {backend}, {cpu.instruction_set()}, {torch.get_num_threads()} threads")
-        assert self.words is not None
-        return self.words
+        assert kernel is not None
+        return kernel
 
     def extra_repr(self) -> str:
         """Show sizes and method as QATLinear does, and the backend."""
@@ -343,6 +353,8 @@ def _watched(x: Tensor) -> bool:
 def use_backend(model: nn.Module, backend: Backend) -> nn.Module:
     """Choose what multiplies in the packed layers of a model; nothing that is saved depends on it.
 
+    With a CPU kernel the codes are repacked now, else at the first call: do it before torch.compile.
+
     Args:
         model: any module.
         backend: "auto", "reference", "cpu_exact" or "cpu_int8", as the head of :mod:`fairy2i.packed` tells.
@@ -361,6 +373,9 @@ def use_backend(model: nn.Module, backend: Backend) -> nn.Module:
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.backend = backend
+            offloaded = getattr(getattr(module, "_hf_hook", None), "offload", False)
+            if backend in cpu.MODES and module.scales.device.type == "cpu" and not offloaded:
+                module._repacked(backend)
     return model
 
 

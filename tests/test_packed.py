@@ -13,9 +13,10 @@ from torch import nn
 from fairy2i import METHODS, PackedLinear, PhaseScheme, QATLinear, RealScheme
 from fairy2i.packed import keep_dense_weights
 
+ROW = PhaseScheme(granularity="row", scales="learned")
 SCHEMES = [
     *METHODS.values(),
-    PhaseScheme(granularity="row", scales="learned"),
+    ROW,
     PhaseScheme(stages=3, granularity="tile", tile=5, scales="joint"),
     PhaseScheme(stages=1, scales="learned"),
     RealScheme(levels=2, granularity="row"),
@@ -93,7 +94,7 @@ def test_its_weight_reads_as_the_dense_one_and_cannot_be_written_through():
 
 
 def test_packing_changes_nothing_in_the_qat_layer_and_shares_nothing_with_it():
-    layer = qat_layer(SCHEMES[6]).train()
+    layer = qat_layer(ROW).train()
     before = copy.deepcopy(layer.state_dict())
     packed = PackedLinear.from_qat(layer)
     assert packed.training
@@ -147,7 +148,7 @@ def test_no_dense_weight_is_kept_between_forward_and_backward(monkeypatch):
 
 
 def test_the_module_holds_codes_scales_and_bias_and_nothing_else():
-    packed = packed_layer(SCHEMES[6], dtype=torch.bfloat16)
+    packed = packed_layer(ROW, dtype=torch.bfloat16)
     assert {key: (t.dtype, tuple(t.shape)) for key, t in packed.state_dict().items()} == {
         "bias": (torch.bfloat16, (OUT,)),
         "codes": (torch.uint8, (2, 2, OUT // 2, 5)),
@@ -220,7 +221,7 @@ def test_dequantize_is_a_frozen_linear_layer_with_the_same_output(dtype, bias):
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_a_copy_computes_the_same_and_is_its_own(clone):
-    packed, x = packed_layer(SCHEMES[6]), torch.randn(3, IN)
+    packed, x = packed_layer(ROW), torch.randn(3, IN)
     other = clone(packed)
     before = packed(x)
     assert other.scheme == packed.scheme

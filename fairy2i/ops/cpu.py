@@ -14,6 +14,7 @@ import glob
 import logging
 import os
 import re
+import struct
 import sys
 from typing import Any
 
@@ -33,7 +34,10 @@ class KernelsUnavailable(RuntimeError):
 
 
 class Layer(ctypes.Structure):
-    """``struct Layer`` of csrc/kernels.h."""
+    """``struct Layer`` of csrc/kernels.h, and in Python what keeps its memory alive."""
+
+    mode_name: str
+    memory: tuple[Tensor, Tensor]  # words and scales
 
     _fields_ = (
         ("kind", ctypes.c_int32),
@@ -75,6 +79,21 @@ def _openmp_parallel() -> Any:
     return None
 
 
+def _is_cut_off(path: str) -> bool:
+    """Return whether an ELF file ends before what it says that it holds: loading it would end the process."""
+    with open(path, "rb") as file:
+        head = file.read(64)
+        if len(head) < 64 or head[:5] != b"\x7fELF\x02":
+            return len(head) < 64
+        (start,), (size, count) = struct.unpack_from("<Q", head, 32), struct.unpack_from("<HH", head, 54)
+        file.seek(start)
+        table = file.read(size * count)
+        if len(table) < size * count:
+            return True
+        ends = [sum(struct.unpack_from("<Q24xQ", table, entry * size + 8)[:2]) for entry in range(count)]
+    return os.path.getsize(path) < max(ends, default=0)
+
+
 def _load() -> ctypes.CDLL:
     path = library_path()
     if path == "off":
@@ -84,6 +103,8 @@ def _load() -> ctypes.CDLL:
             f"there is no {path}: the package was installed without a C++ compiler. Install one (g++ or clang) and "
             "reinstall fairy2i"
         )
+    if _is_cut_off(path):
+        raise KernelsUnavailable(f"{path} cannot be loaded (the file is cut off); reinstall fairy2i")
     try:
         found = ctypes.CDLL(path)
     except OSError as error:
