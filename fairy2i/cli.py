@@ -11,7 +11,6 @@ from importlib import metadata
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import TextStreamer, set_seed
 from transformers.utils.logging import disable_progress_bar, set_verbosity_warning
 
@@ -20,12 +19,21 @@ from .calibrate import calibrate
 from .convert import ConversionReport, Method, convert_to_inference_mode, replace_modules_for_qat
 from .evaluation.table import markdown_table
 from .inspection import LayerInfo, inspect_layers, summarize
-from .loading import DTYPES, default_device, load_model_and_tokenizer, move_to_device, parse_method, read_documents
-from .packed import PackedLinear, keep_dense_weights
+from .loading import (
+    DTYPES,
+    check_learned_rows,
+    context_length,
+    default_device,
+    load_config,
+    load_model_and_tokenizer,
+    move_to_device,
+    parse_method,
+    read_documents,
+)
+from .packed import keep_dense_weights
 from .plotting import WeightHistograms, check_plot_file, draw
-from .qat import QATLinear
 from .saving import atomic_folder
-from .streaming import NotStreamable, check_method, pack_checkpoint
+from .streaming import NotStreamable, check_method, is_trained, pack_checkpoint
 
 PACKAGES = {  # name: what an optional one is for
     "torch": "",
@@ -44,8 +52,51 @@ INSTRUCTION_SETS = (  # as torch.cpu.get_capabilities names them: x86, then ARM
     *("avx2", "fma3", "avx512_f", "avx512_bw", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni"),
     *("amx_tile", "amx_int8", "amx_bf16", "neon", "dot", "i8mm", "bf16", "sve", "sve2", "sme"),
 )
+CALIBRATION_TOKENS, CALIBRATION_LENGTH = 131_072, 1024
+SAVES_MEMORY = {  # by command: what to try on a GPU whose memory is full
+    "train": "a smaller --per_device_train_batch_size with more --gradient_accumulation_steps, "
+    "--gradient_checkpointing true, a shorter --block_size, a smaller --loss_chunk_tokens or --teacher_offload true",
+    "eval": "a smaller batch size or --window, --dtype bfloat16 or --device cpu",
+    "quantize": "a shorter --calibrate_length, --dtype bfloat16 or --device cpu",
+    "generate": "--no-keep_dense, --dtype bfloat16 or --device cpu",
+}
 BACKENDS: dict[str, Callable[[], str | None]] = {  # what multiplies: None if it is on, or why it is off
     "reference (pure PyTorch)": lambda: None,
+}
+
+
+def run_train(argv: Sequence[str]) -> None:
+    """Train as train/train.py does."""
+    from .training.command import main  # not at the top: the Trainer takes seconds to import
+
+    logging.getLogger(__package__).setLevel(logging.INFO)
+    main(argv)
+
+
+def run_eval(argv: Sequence[str]) -> None:
+    """Measure perplexity as eval/eval_ppl.py does, or what the first word says."""
+    from .evaluation import command, compare, tasks
+
+    mains = {"tasks": tasks.main, "compare": compare.main}
+    if argv and argv[0] in mains:
+        print(mains[argv[0]](argv[1:]))
+    else:
+        print(command.main(argv))
+
+
+def run_prepare(argv: Sequence[str]) -> None:
+    """Prepare shards as train/prepare_data.py does."""
+    from .training.prepare import main
+
+    logging.getLogger(__package__).setLevel(logging.INFO)
+    main(argv)
+
+
+# Commands that read their own arguments: what they can be told is written where they are
+FORWARDED: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "train": (run_train, "train a model with quantization, as train/train.py"),
+    "prepare": (run_prepare, "tokenize texts into shards for training, as train/prepare_data.py"),
+    "eval": (run_eval, "measure perplexity; `eval tasks` accuracy, `eval compare` several models in one table"),
 }
 
 
@@ -93,9 +144,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="fit a plain checkpoint to a text before it is packed, without training: a file, folder or Hub data set. "
         "Never text that the model is measured on. Needs a method with learned row scales",
     )
-    quantize.add_argument("--calibrate_tokens", type=int, default=131_072, help="tokens of it to use")
-    quantize.add_argument("--calibrate_length", type=int, default=1024, help="tokens in a sequence")
-    quantize.add_argument("--device", default=default_device(), help="where to calibrate")
+    quantize.add_argument("--calibrate_tokens", type=int, help=f"tokens of it to use (default {CALIBRATION_TOKENS:,})")
+    quantize.add_argument(
+        "--calibrate_length",
+        type=int,
+        help=f"tokens in a sequence (default {CALIBRATION_LENGTH:,}, or the model's context where that is shorter)",
+    )
+    quantize.add_argument("--device", help="where to calibrate (default: the GPU if there is one, else cpu)")
     quantize.set_defaults(run=run_quantize)
 
     inspect = commands.add_parser(
@@ -149,12 +204,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _load(args: argparse.Namespace) -> tuple[nn.Module, object]:
+def _load(args: argparse.Namespace) -> tuple[Any, Any]:
     return load_model_and_tokenizer(args.model, gguf_file=args.gguf_file, tokenizer=args.tokenizer, dtype=args.dtype)
 
 
 def run_quantize(args: argparse.Namespace) -> None:
     """Pack a checkpoint and write it: from disk to disk where that can be done, else in memory."""
+    for name in ("calibrate_tokens", "calibrate_length", "device"):
+        if getattr(args, name) is not None and not args.calibrate:
+            raise ValueError(f"--{name} is for calibration only; give a text with --calibrate, or leave it out")
     method, report = parse_method(args.method), None
     if not (args.gguf_file or args.dequantized or args.calibrate):
         try:
@@ -177,31 +235,51 @@ def run_quantize(args: argparse.Namespace) -> None:
 
 def _quantize_in_memory(args: argparse.Namespace, method: Method | None) -> ConversionReport:
     with atomic_folder(args.output) as folder:
-        model, tokenizer = _load(args)
-        kinds = {type(module) for module in model.modules()}
-        if PackedLinear in kinds:
-            raise ValueError(f"{args.model} is packed already")
-        check_method(args.model, QATLinear in kinds, method, args.skip_lm_head is not None)
-        report = replace_modules_for_qat(model, {} if method is None else method, args.skip_lm_head)
+        config = load_config(args.model, args.gguf_file)
+        trained = is_trained(args.model, config)
+        if trained and args.calibrate:
+            raise ValueError(f"{args.model} is a QAT checkpoint and is packed as it was trained; leave out --calibrate")
+        check_method(args.model, trained, method, args.skip_lm_head is not None)
+        method = {} if method is None else method
         if args.calibrate:
-            if QATLinear in kinds:
-                raise ValueError(
-                    f"{args.model} is a QAT checkpoint and is packed as it was trained; leave out --calibrate"
-                )
-            tokens = _calibration_tokens(args.calibrate, tokenizer, args.calibrate_tokens, args.calibrate_length)
-            move_to_device(model, args.device)
+            check_learned_rows(method)
+            count, length = _calibration_size(args, context_length(config))
+            documents = read_documents(args.calibrate)
+        model, tokenizer = _load(args)
+        report = replace_modules_for_qat(model, method, args.skip_lm_head)
+        if args.calibrate:
+            tokens = _first_tokens(documents, tokenizer, count, length)
+            move_to_device(model, args.device or default_device())
             layers = calibrate(model, tokens)
             before, after = (sum(getattr(layer, key) for layer in layers) / len(layers) for key in ("before", "after"))
             print(f"mean relative error of the layers' outputs: {before:.4f} rounded, {after:.4f} calibrated")
         convert_to_inference_mode(model, packed=not args.dequantized)
-        model.save_pretrained(folder)  # type: ignore[operator]
-        tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return report
 
 
-def _calibration_tokens(source: str, tokenizer: Any, count: int, length: int) -> torch.Tensor:
+def _calibration_size(args: argparse.Namespace, context: int | None) -> tuple[int, int]:
+    """Return how many tokens to calibrate on, and how many are in a sequence.
+
+    Raises:
+        ValueError: one does not go with the other, or with the context of the model.
+    """
+    length = args.calibrate_length
+    if length is None:
+        length = min(CALIBRATION_LENGTH, context or CALIBRATION_LENGTH)
+    if length < 1:
+        raise ValueError(f"--calibrate_length must be at least 1, got {length}")
+    if context and length > context:
+        raise ValueError(f"--calibrate_length {length} is longer than the model's context of {context}")
+    count = CALIBRATION_TOKENS if args.calibrate_tokens is None else args.calibrate_tokens
+    if count < length:
+        raise ValueError(f"--calibrate_tokens {count} is less than one sequence of {length}, the --calibrate_length")
+    return count, length
+
+
+def _first_tokens(documents: Any, tokenizer: Any, count: int, length: int) -> torch.Tensor:
     """Return the first tokens of a text, with EOS behind each document: int64 (sequences, length)."""
-    documents = read_documents(source)
     from .training.data import encode_documents  # here: it needs datasets, which packing does not
 
     ids: list[int] = []
@@ -211,53 +289,23 @@ def _calibration_tokens(source: str, tokenizer: Any, count: int, length: int) ->
             break
     rows = min(len(ids), count) // length
     if rows < 1:
-        raise ValueError(f"{source} has {len(ids)} tokens, less than one sequence; use a smaller --calibrate_length")
+        raise ValueError(
+            f"the text of --calibrate has {len(ids)} tokens, less than one sequence of {length}; give more text or a "
+            "smaller --calibrate_length"
+        )
     return torch.tensor(ids[: rows * length]).view(rows, length)
-
-
-def run_train(argv: Sequence[str]) -> None:
-    """Train as train/train.py does."""
-    from .training.command import main  # not at the top: the Trainer takes seconds to import
-
-    logging.getLogger(__package__).setLevel(logging.INFO)
-    main(argv)
-
-
-def run_eval(argv: Sequence[str]) -> None:
-    """Measure perplexity as eval/eval_ppl.py does, or what the first word says."""
-    from .evaluation import command, compare, tasks
-
-    mains = {"tasks": tasks.main, "compare": compare.main}
-    if argv and argv[0] in mains:
-        print(mains[argv[0]](argv[1:]))
-    else:
-        print(command.main(argv))
-
-
-def run_prepare(argv: Sequence[str]) -> None:
-    """Prepare shards as train/prepare_data.py does."""
-    from .training.prepare import main
-
-    logging.getLogger(__package__).setLevel(logging.INFO)
-    main(argv)
-
-
-# Commands that read their own arguments: what they can be told is written where they are
-FORWARDED: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
-    "train": (run_train, "train a model with quantization, as train/train.py"),
-    "prepare": (run_prepare, "tokenize texts into shards for training, as train/prepare_data.py"),
-    "eval": (run_eval, "measure perplexity; `eval tasks` accuracy, `eval compare` several models in one table"),
-}
 
 
 def run_inspect(args: argparse.Namespace) -> None:
     """Print what is in a checkpoint."""
+    if args.original_gguf_file and not args.original:
+        raise ValueError("--original_gguf_file is a file in the folder of --original; give that too")
     if args.plot:
         check_plot_file(args.plot)
     model, _ = _load(args)
     original = None
     if args.original:
-        original, _ = load_model_and_tokenizer(args.original, gguf_file=args.original_gguf_file)
+        original, _ = load_model_and_tokenizer(args.original, gguf_file=args.original_gguf_file, dtype=args.dtype)
     histograms = WeightHistograms()
     layers = inspect_layers(model, original, look=histograms.add if args.plot else None, progress=True)
     if not layers:
@@ -366,6 +414,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("FAIRY2I_DEBUG"):
             raise
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError as error:
+        if os.environ.get("FAIRY2I_DEBUG"):
+            raise
+        sentences = " ".join(str(error).split()).split(". ")  # what, how much, and then all that is allocated
+        tip = f"; try {SAVES_MEMORY[command]}" if command in SAVES_MEMORY else ""
+        print(f"error: {'. '.join(sentences[:2]).rstrip('.')}{tip}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

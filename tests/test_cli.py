@@ -78,40 +78,88 @@ def test_quantize_calibrates_on_a_text(plain, tmp_path, capsys):
     assert (fitted - target).norm() < (rounded - target).norm()
 
 
+LEARNED = ["--method", '{"kind": "phase", "stages": 2, "granularity": "row", "scales": "learned"}']
+
+
+def refused(capsys, model, folder, *extra, text="text.txt"):
+    """Return the error of a calibration that writes nothing."""
+    (folder / "text.txt").write_text(tiny_text(100))
+    assert main(["quantize", model, str(folder / "out"), "--calibrate", str(folder / text), *extra]) == 1
+    assert not (folder / "out").exists()
+    return capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
-    ("model", "extra", "message"),
+    ("extra", "message"),
     [
-        ("plain", ["--method", "complex_phase_v2"], "needs learned row scales"),
-        ("qat", [], "is packed as it was trained; leave out --calibrate"),
+        ([], "give a method"),
+        (["--method", "complex_phase_v2"], "needs learned row scales"),
+        (["--method", '{"*_proj": "bitnet", "lm_head": null}'], "needs learned row scales"),
+        ([*LEARNED, "--calibrate_length", "0"], "--calibrate_length must be at least 1, got 0"),
+        ([*LEARNED, "--calibrate_length", "65"], "--calibrate_length 65 is longer than the model's context of 64"),
         (
-            "plain",
-            ["--method", '{"kind": "phase", "scales": "learned"}', "--calibrate_length", "9999"],
-            "less than one",
-        ),
-        (
-            "plain",
-            ["--method", '{"kind": "phase", "scales": "learned"}', "--device", "nowhere"],
-            "the model cannot go to nowhere",
+            [*LEARNED, "--calibrate_length", "32", "--calibrate_tokens", "31"],
+            "--calibrate_tokens 31 is less than one sequence of 32",
         ),
     ],
 )
-def test_calibration_says_what_is_wrong_and_writes_nothing(plain, qat, tmp_path, capsys, model, extra, message):
-    (tmp_path / "text.txt").write_text(tiny_text(100))
-    command = ["quantize", {"plain": plain, "qat": qat}[model], str(tmp_path / "out"), "--calibrate"]
-    assert main([*command, str(tmp_path / "text.txt"), "--calibrate_length", "32", *extra]) == 1
-    assert message in capsys.readouterr().err
+def test_calibration_says_what_is_wrong_before_the_model_is_loaded(
+    plain, tmp_path, capsys, monkeypatch, extra, message
+):
+    monkeypatch.setattr(cli, "_load", lambda args: pytest.fail("loaded first"))
+    assert message in refused(capsys, plain, tmp_path, *extra)
+
+
+def test_calibration_of_a_qat_checkpoint_or_on_no_text_is_refused_before_it_is_loaded(
+    plain, qat, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(cli, "_load", lambda args: pytest.fail("loaded first"))
+    assert "is packed as it was trained; leave out --calibrate" in refused(capsys, qat, tmp_path)
+    assert "there is no file or folder" in refused(capsys, plain, tmp_path, *LEARNED, text="no.txt")
+
+
+def test_calibration_says_what_is_wrong_with_text_and_device(plain, tmp_path, capsys):
+    assert "the model cannot go to nowhere" in refused(capsys, plain, tmp_path, *LEARNED, "--device", "nowhere")
+    (tmp_path / "short.txt").write_text("the quick fox")
+    error = refused(capsys, plain, tmp_path, *LEARNED, text="short.txt")
+    assert re.search(r"has \d+ tokens, less than one sequence of 64; give more text or a smaller --calib", error)
+
+
+def test_a_sequence_of_calibration_is_as_long_as_the_context_where_that_is_short(plain, tmp_path, monkeypatch):
+    class Enough(Exception):
+        pass
+
+    def look(model, tokens):
+        assert tokens.shape == (4, 64)
+        raise Enough
+
+    monkeypatch.setattr(cli, "calibrate", look)
+    (tmp_path / "text.txt").write_text(tiny_text(400))
+    command = ["quantize", plain, str(tmp_path / "out"), *LEARNED, "--calibrate", str(tmp_path / "text.txt")]
+    with pytest.raises(Enough):
+        main([*command, "--calibrate_tokens", "300"])
+
+
+@pytest.mark.parametrize("flag", ["--calibrate_tokens", "--calibrate_length", "--device"])
+def test_what_only_calibration_uses_is_refused_without_it(plain, tmp_path, capsys, flag):
+    value = "cpu" if flag == "--device" else "32"
+    assert main(["quantize", plain, str(tmp_path / "out"), "--method", "complex_phase_v2", flag, value]) == 1
+    assert f"{flag} is for calibration only" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_help_tells_the_defaults_of_calibration(capsys):
+    with pytest.raises(SystemExit):
+        main(["quantize", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "(default 131,072)" in out and "(default 1,024, or the model's context" in out
 
 
 def test_calibration_says_what_to_do_about_a_tokenizer_without_eos(plain, tmp_path, capsys):
-    (tmp_path / "text.txt").write_text(tiny_text(100))
     no_eos = type(tiny_tokenizer())(tokenizer_object=tiny_tokenizer().backend_tokenizer)
     no_eos.save_pretrained(tmp_path / "tokenizer")
-    command = ["quantize", plain, str(tmp_path / "out"), "--method", '{"kind": "phase", "scales": "learned"}']
-    command += ["--tokenizer", str(tmp_path / "tokenizer"), "--calibrate", str(tmp_path / "text.txt")]
-    assert main([*command, "--calibrate_length", "32"]) == 1
-    assert "the tokenizer has no EOS token, which parts documents; set tokenizer.eos_token" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    error = refused(capsys, plain, tmp_path, *LEARNED, "--tokenizer", str(tmp_path / "tokenizer"))
+    assert "the tokenizer has no EOS token, which parts documents; set tokenizer.eos_token" in error
 
 
 def test_dequantized_output_is_plain_and_the_same(qat, tmp_path):
@@ -183,6 +231,26 @@ def test_inspect_refuses_a_picture_before_it_loads_a_model(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     assert main(["inspect", "model", "--plot", "picture.png"]) == 1
     assert capsys.readouterr().err == "error: pictures need matplotlib: pip install 'fairy2i[plot]'\n"
+
+
+def test_inspect_loads_the_original_in_the_dtype_of_the_model(plain, qat, monkeypatch, capsys):
+    seen = []
+    inspect_layers = cli.inspect_layers
+
+    def look(model, original, **kwargs):
+        seen.append((model.dtype, original.dtype))
+        return inspect_layers(model, original, **kwargs)
+
+    monkeypatch.setattr(cli, "inspect_layers", look)
+    for dtype in ("auto", "bfloat16"):
+        assert main(["inspect", qat, "--original", plain, "--dtype", dtype]) == 0
+    assert seen == [(torch.float32,) * 2, (torch.bfloat16,) * 2]
+
+
+def test_inspect_refuses_a_file_of_no_original_before_it_loads_a_model(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_load", lambda args: pytest.fail("loaded first"))
+    assert main(["inspect", "model", "--original_gguf_file", "a.gguf"]) == 1
+    assert "--original_gguf_file is a file in the folder of --original; give that too" in capsys.readouterr().err
 
 
 def test_inspect_needs_quantized_layers(plain, capsys):
@@ -303,6 +371,38 @@ def test_a_reader_that_has_seen_enough_is_no_error(monkeypatch, capfd):
         pipe.reconfigure(line_buffering=True)
         assert main(["doctor"]) == 1
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("argv", "tip"),
+    [
+        (["train"], "; try a smaller --per_device_train_batch_size with more --gradient_accumulation_steps, "),
+        (["inspect", "model"], ""),
+    ],
+)
+def test_a_full_gpu_is_an_error_of_one_line_that_says_what_to_try(monkeypatch, capsys, argv, tip):
+    def fill(_):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB\nof which all"
+        )
+
+    monkeypatch.setitem(cli.FORWARDED, "train", (fill, ""))
+    monkeypatch.setattr(cli, "_load", fill)
+    assert main(argv) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: CUDA out of memory. Tried to allocate 2.00 GiB{tip}")
+    assert error.count("\n") == 1 and "capacity" not in error
+    monkeypatch.setenv("FAIRY2I_DEBUG", "1")
+    with pytest.raises(torch.OutOfMemoryError):
+        main(argv)
+
+
+def test_what_to_try_on_a_full_gpu_are_flags_of_the_command(capsys):
+    for command, text in cli.SAVES_MEMORY.items():
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        out = capsys.readouterr().out
+        assert [flag for flag in re.findall(r"--\w+", text) if flag not in out] == []
 
 
 @pytest.mark.parametrize("wrong", [[], ["pack"], ["generate"], ["eval"], ["train", "--max_steps", "many"]])

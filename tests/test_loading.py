@@ -13,7 +13,9 @@ from tiny_text import save_tiny_model
 from fairy2i import METHODS, PhaseScheme, QATLinear, replace_modules_for_qat
 from fairy2i.loading import (
     DTYPES,
+    context_length,
     default_device,
+    load_config,
     load_model_and_tokenizer,
     move_to_device,
     parse_method,
@@ -275,6 +277,8 @@ def write_gguf(path, model):
 def test_a_gguf_file_becomes_a_plain_model_that_can_be_quantized_and_saved(tmp_path):
     save_tiny_model(tmp_path / "gguf")
     write_gguf(tmp_path / "gguf" / "tiny.gguf", tiny_model(vocab_size=280))
+    config = load_config(str(tmp_path / "gguf"), "tiny.gguf")
+    assert (context_length(config), getattr(config, "quantization_config", None)) == (64, None)
     model, _ = load_model_and_tokenizer(str(tmp_path / "gguf"), gguf_file="tiny.gguf")
     assert torch.equal(
         model.model.layers[1].mlp.up_proj.weight, tiny_model(vocab_size=280).model.layers[1].mlp.up_proj.weight
