@@ -6,7 +6,7 @@
 
 The model has the shape of TinyLlama-1.1B and random weights: speed and size, never quality. Competitors take turns in
 each round, so that other work on the machine meets all of them; figures are medians over the rounds, with the lowest
-and the highest. Decoding is timed as the difference between long and short calls of `generate()`, prefill as a call that
+and the highest. Decoding is timed as the difference between long and short calls of `generate()`, prefill as one that
 makes one token from 128; llama.cpp's as its tool does. The limit is what this run reads and copies: `torch.sum` over
 256 MiB, and `copy_`, counting both directions.
 """

@@ -305,7 +305,8 @@ EXPORT int32_t fairy2i_linear(const Layer* layer, const void* x, void* y, const 
         job.token_block = tokens, job.n_token_blocks = 1;
         job.n_ranges = threads == 1 ? 1 : threads * 4;
     } else {
-        job.token_block = tokens < 48 ? tokens : 48;
+        const int64_t most = layer->mode == MODE_INT8 ? 128 : 48;
+        job.token_block = tokens < most ? tokens : most;
         job.n_token_blocks = (tokens + job.token_block - 1) / job.token_block;
         job.token_block = (tokens + job.n_token_blocks - 1) / job.n_token_blocks;
         job.n_ranges = threads;

@@ -74,7 +74,7 @@ def error_bound(layer, x, backend):
 
     A float32 sum of k terms is off by at most k eps times the sum of their sizes. A stage's codes are summed as signs p
     and q, so an entry of either part counts with the whole scale. int8: an activation moves by at most half a step, the
-    largest of its group of 256 (of one half of the features) over 127, times the weight; 1e-6 covers the rounding.
+    largest of its group of 256 (of one half of the features) over 127, times the weight.
     """
     weight, scheme = layer.dense_weight().double(), layer.scheme
     x = x.double()
@@ -98,6 +98,9 @@ def error_bound(layer, x, backend):
                 step[:, piece] = x[:, piece].abs().amax(-1, keepdim=True) / 127
                 begin = end
         bound = bound + (0.5 + 1e-4) * step @ weight.abs().T
+        if halves == 2:  # many tokens, AVX-512: weights of 16 bits, off by 2 units a stage (csrc/avx512.cpp)
+            unit = 2 * layer.scales.flatten(1).amax(1).sum().double() / 32000
+            bound = bound + 2 * scheme.stages * unit * (x.abs() + step).sum(-1, keepdim=True)
     return bound + (0 if layer.bias is None else EPS * (layer.bias.double().abs() + (x.abs() @ sizes.T)))
 
 
@@ -172,7 +175,7 @@ def test_a_row_of_tokens_does_not_depend_on_its_neighbours(backend):
     layer, x = random_layer(METHODS["complex_phase_v2"], 96, 640, backend), torch.randn(50, 640)
     together = layer(x)
     alone = torch.cat([layer(row[None]) for row in x])
-    assert torch.allclose(together, alone, rtol=1e-5, atol=1e-4)
+    assert torch.allclose(together, alone, rtol=1e-5, atol=1e-4 if backend == "cpu_exact" else 0.05)
     assert torch.equal(layer(x), together)
 
 
