@@ -30,7 +30,10 @@ from .loading import (
     parse_method,
     read_documents,
 )
-from .packed import keep_dense_weights
+from .ops import cpu
+from .packed import BACKENDS as PACKED_BACKENDS
+from .packed import DEFAULT as PACKED_DEFAULT
+from .packed import keep_dense_weights, use_backend
 from .plotting import WeightHistograms, check_plot_file, draw
 from .saving import atomic_folder
 from .streaming import NotStreamable, check_method, is_trained, pack_checkpoint
@@ -62,6 +65,7 @@ SAVES_MEMORY = {  # by command: what to try on a GPU whose memory is full
 }
 BACKENDS: dict[str, Callable[[], str | None]] = {  # what multiplies: None if it is on, or why it is off
     "reference (pure PyTorch)": lambda: None,
+    "CPU kernels (cpu_exact, cpu_int8)": cpu.why_off,
 }
 
 
@@ -191,11 +195,18 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, default=0, help="with a temperature (default %(default)s)")
     generate.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1")
     generate.add_argument(
+        "--backend",
+        default="auto",
+        choices=PACKED_BACKENDS,
+        help="what multiplies packed weights (default: cpu_exact on the CPU, else the reference); cpu_int8 rounds "
+        "activations to 8 bits and is the fastest on the CPU",
+    )
+    generate.add_argument(
         "--keep_dense",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="keep packed weights dequantized once they are used: the memory of an unquantized model, but many times "
-        "faster than --no-keep_dense, which rebuilds each weight for each token",
+        help="where the reference multiplies, keep packed weights dequantized once they are used: the memory of an "
+        "unquantized model, but many times faster than --no-keep_dense, which rebuilds each weight for each token",
     )
     generate.set_defaults(run=run_generate)
 
@@ -347,7 +358,11 @@ def run_generate(args: argparse.Namespace) -> None:
     model: Any = loaded.eval()
     tokenizer: Any = anything
     move_to_device(model, args.device)
-    keep_dense_weights(model, args.keep_dense)
+    backend = args.backend
+    if backend == "auto" and torch.device(args.device).type == "cpu" and PACKED_DEFAULT == "auto" and not cpu.why_off():
+        backend = "cpu_exact"
+    use_backend(model, backend)
+    keep_dense_weights(model, args.keep_dense and backend not in cpu.MODES)
     set_seed(args.seed)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not args.chat:
@@ -390,6 +405,9 @@ def run_doctor(args: argparse.Namespace) -> None:
         print("GPU      none that PyTorch can use")
     for name, why_off in BACKENDS.items():
         print(f"Backend  {name}: {f'off, {reason}' if (reason := why_off()) else 'on'}")
+    if not cpu.why_off():
+        sets = ", ".join(name if runs else f"{name} (not here)" for name, runs in cpu.instruction_sets().items())
+        print(f"         CPU kernels use {cpu.instruction_set()} of {sets}; {cpu.library_path()}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -38,9 +38,16 @@ logger = logging.getLogger(__name__)
 Backend = Literal["auto", "reference", "cpu_exact", "cpu_int8"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
-_default = os.environ.get("FAIRY2I_BACKEND", "auto")
-if _default not in BACKENDS:
-    raise ValueError(f"FAIRY2I_BACKEND is one of {', '.join(BACKENDS)}, not {_default!r}")
+SIBLINGS = (  # names, in the order of their calls, of layers that usually see the same input
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("w1", "w3"),
+)
+
+DEFAULT = os.environ.get("FAIRY2I_BACKEND", "auto")
+if DEFAULT not in BACKENDS:
+    raise ValueError(f"FAIRY2I_BACKEND is one of {', '.join(BACKENDS)}, not {DEFAULT!r}")
 
 _told: set[str] = set()  # lines that were logged: each comes once in a process
 _repacking = threading.Lock()
@@ -111,6 +118,8 @@ class PackedLinear(nn.Module):
     backend: str = "auto"  # see use_backend
     _kept: Tensor | None = None
     _layout: tuple[int, ...] | None = None  # what ``words`` is
+    _siblings: "list[PackedLinear]" = []  # noqa: RUF012 - never changed in place; see use_backend
+    _ahead: tuple[Tensor, int, cpu.Layer | None, Tensor] | None = None  # an input and the output made with a sibling's
     _kernel: cpu.Layer | None = None  # the same for the library; points at the memory of words and scales
 
     def __init__(
@@ -209,7 +218,7 @@ class PackedLinear(nn.Module):
         Raises:
             RuntimeError: a kernel was asked for by name and cannot be used, or not on this input.
         """
-        backend = _default if self.backend == "auto" else self.backend
+        backend = DEFAULT if self.backend == "auto" else self.backend
         if backend == "reference":
             return backend
         problem = None
@@ -269,29 +278,59 @@ class PackedLinear(nn.Module):
         return self._multiply(x, backend)
 
     def _multiply(self, x: Tensor, backend: str) -> Tensor:
+        if (ahead := self._ahead) is not None:
+            self._ahead = None
+            if ahead[0] is x and ahead[1] == x._version and ahead[2] is self._kernel:
+                return ahead[3]
         if x.shape[-1] != self.in_features:
             raise RuntimeError(f"the layer has {self.in_features} input features, got an input of {tuple(x.shape)}")
-        if torch.compiler.is_compiling() and (self._layout != layout_of(self.scheme, backend) or self.words is None):
-            _tell_not_ready()  # codes cannot be repacked while a graph is made
-            return F.linear(x, self.dense_weight_as(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        if self.scheme.rotation:  # the codes are those of the rotated weight
-            return self._multiply_codes(rotate(x.float(), self.scheme.rotation), backend).to(x.dtype)
-        return self._multiply_codes(x, backend)
-
-    def _multiply_codes(self, x: Tensor, backend: str) -> Tensor:
-        bias = None if self.bias is None else self.bias.detach()
         if torch.compiler.is_compiling():
+            return self._multiply_in_graph(x, layout_of(self.scheme, backend))
+        kernel, bias = self._ready(backend)
+        codes_of = x if not self.scheme.rotation else rotate(x.float(), self.scheme.rotation)
+        if _watched(x):
             layout = layout_of(self.scheme, backend)
-            assert self.words is not None
-            return packed_linear(x, self.words, self.scales, bias, self.out_features, layout)
+            return packed_linear(codes_of, *kernel.memory, bias, self.out_features, layout).to(x.dtype)
+        layers = [self]
+        if self._siblings and x.numel() <= 4 * self.in_features and not x.is_inference():
+            layers = self._with_siblings(backend)
+        ready = [(kernel, bias), *(layer._ready(backend) for layer in layers[1:])]
+        outputs = cpu.run(
+            [kernel for kernel, _ in ready],
+            codes_of.contiguous(),
+            [bias for _, bias in ready],
+            [layer.out_features for layer in layers],
+        )
+        if self.scheme.rotation:
+            outputs = [y.to(x.dtype) for y in outputs]
+        for layer, y in zip(layers[1:], outputs[1:], strict=True):
+            layer._ahead = (x, x._version, layer._kernel, y)
+        return outputs[0]
+
+    def _multiply_in_graph(self, x: Tensor, layout: tuple[int, ...]) -> Tensor:
+        if self._layout != layout or self.words is None:  # codes cannot be repacked while a graph is made
+            _tell_not_ready()
+            return F.linear(x, self.dense_weight_as(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        # the codes are those of the rotated weight
+        rotated = x if not self.scheme.rotation else rotate(x.float(), self.scheme.rotation)
+        bias = None if self.bias is None else self.bias.detach()
+        return packed_linear(rotated, self.words, self.scales, bias, self.out_features, layout).to(x.dtype)
+
+    def _ready(self, backend: str) -> tuple[cpu.Layer, Tensor | None]:
+        """Return what the library is given of this layer: its description, and its bias in float32."""
         kernel = self._kernel
         if kernel is None or kernel.mode_name != backend or kernel.scales != self.scales.data_ptr():
             kernel = self._repacked(backend)
-        if _watched(x):
-            return packed_linear(x, *kernel.memory, bias, self.out_features, layout_of(self.scheme, backend))
-        if bias is not None and bias.dtype != torch.float32:
-            bias = bias.float()
-        return cpu.run(kernel, x.contiguous(), bias, self.out_features)
+        return kernel, None if self.bias is None else self.bias.detach().float().contiguous()
+
+    def _with_siblings(self, backend: str) -> "list[PackedLinear]":
+        """Return this layer and those that will be asked about the same input next; none if they were not, before."""
+        if any(layer._ahead is not None for layer in self._siblings):
+            for layer in self._siblings:
+                layer._ahead = None
+            self._siblings = []
+        layers = [layer for layer in self._siblings if layer.backend_for() == backend and not layer.training]
+        return [self, *layers]
 
     def _repacked(self, backend: str) -> "cpu.Layer":
         kernel = self._repack(backend)
@@ -332,12 +371,13 @@ class PackedLinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
+        state = {**self.__dict__, "_ahead": None}
         if self._layout is None:
-            return self.__dict__
+            return state
         buffers = {name: buffer for name, buffer in self._buffers.items() if name != "words"}
         buffers["codes"] = self.codes  # a copy holds them in the order of the format
         return {
-            **self.__dict__,
+            **state,
             "_buffers": buffers,
             "_non_persistent_buffers_set": self._non_persistent_buffers_set - {"words"},
             "_layout": None,
@@ -353,7 +393,9 @@ def _watched(x: Tensor) -> bool:
 def use_backend(model: nn.Module, backend: Backend) -> nn.Module:
     """Choose what multiplies in the packed layers of a model; nothing that is saved depends on it.
 
-    With a CPU kernel the codes are repacked now, else at the first call: do it before torch.compile.
+    With a CPU kernel the codes are repacked now, else at the first call: do it before torch.compile. And layers that
+    see the same input (q, k and v; gate and up) are computed in one call from now on, where there are few tokens: when
+    the first is called, the others' outputs wait for the same tensor to come.
 
     Args:
         model: any module.
@@ -376,6 +418,12 @@ def use_backend(model: nn.Module, backend: Backend) -> nn.Module:
             offloaded = getattr(getattr(module, "_hf_hook", None), "offload", False)
             if backend in cpu.MODES and module.scales.device.type == "cpu" and not offloaded:
                 module._repacked(backend)
+    for module in model.modules():
+        for names in SIBLINGS:
+            layers = [getattr(module, name, None) for name in names]
+            same = [layer for layer in layers if isinstance(layer, PackedLinear)]
+            if len(same) > 1 and len({(layer.in_features, layer.scheme) for layer in same}) == 1:
+                same[0]._siblings = same[1:] if backend != "reference" else []
     return model
 
 

@@ -342,11 +342,11 @@ def test_what_the_doctor_says_to_install_is_an_extra_of_the_package():
 
 
 def test_doctor_shows_instruction_sets_and_why_a_backend_is_off(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_int8": True, "avx2": False}, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_int8": True, "avx_vnni": False}, raising=False)
     monkeypatch.setitem(cli.BACKENDS, "quick", lambda: "too slow")
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert "amx_int8" in out and "avx2" not in out
+    assert "amx_int8" in out and "avx_vnni" not in out
     assert "quick: off, too slow" in out and "PyTorch): on" in out
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert main(["doctor"]) == 0

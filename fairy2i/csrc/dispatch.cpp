@@ -5,7 +5,7 @@
 #include <string.h>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
-enum { ABI = 1 };
+enum { ABI = 2 };
 typedef void (*Work)(Job*);
 
 extern "C" void fairy2i_work_portable(Job*);
@@ -271,8 +271,11 @@ typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
 static Parallel parallel = nullptr;
 EXPORT void fairy2i_set_parallel(Parallel function) { parallel = function; }
 
-struct Task { Work work; Job* job; };
-static void run_task(void* task) { static_cast<Task*>(task)->work(static_cast<Task*>(task)->job); }
+struct Task { Work work; Job* jobs; int32_t count; };
+static void run_task(void* data) {
+    const Task* task = static_cast<Task*>(data);
+    for (int32_t i = 0; i < task->count; i++) task->work(&task->jobs[i]);
+}
 static void* run_thread(void* task) { run_task(task); return nullptr; }
 
 static void share(Task* task, int32_t threads) {
@@ -286,34 +289,49 @@ static void share(Task* task, int32_t threads) {
     for (int i = 0; i < started; i++) pthread_join(helpers[i], nullptr);
 }
 
-// y = x w^T + bias. Returns 0, or -1 when memory ran out.
-EXPORT int32_t fairy2i_linear(const Layer* layer, const void* x, void* y, const float* bias, int64_t tokens, int32_t dtype,
-                              int32_t threads) {
-    if (tokens <= 0) return 0;
-    Segment few[64];
-    Segment* segments = few;
-    const int64_t count = cut(*layer, nullptr);
-    if (count > 64 && !(segments = static_cast<Segment*>(malloc(count * sizeof(Segment))))) return -1;
-    cut(*layer, segments);
-    Job job = {};
-    job.layer = *layer, job.x = x, job.y = y, job.bias = bias, job.tokens = tokens, job.dtype = dtype;
-    job.segments = segments, job.n_segments = count, job.row_blocks = row_blocks(*layer);
-    job.blocks = segments[count - 1].block + segments[count - 1].blocks;
-    const int64_t size = job.row_blocks * job.blocks * layer->stages * tokens;  // in blocks of 64 bytes
-    if (size < 256) threads = 1;
+static bool prepare_job(Job& job, const Layer& layer, int64_t tokens, int32_t threads, Segment* few, int64_t many) {
+    job.layer = layer, job.tokens = tokens;
+    job.n_segments = cut(layer, nullptr);
+    Segment* segments = job.n_segments <= many ? few : static_cast<Segment*>(malloc(job.n_segments * sizeof(Segment)));
+    if (!segments) return false;
+    cut(layer, segments);
+    job.segments = segments, job.row_blocks = row_blocks(layer);
+    job.blocks = segments[job.n_segments - 1].block + segments[job.n_segments - 1].blocks;
     if (tokens <= 4) {  // small parts, so that a thread that is held up does not hold up all
         job.token_block = tokens, job.n_token_blocks = 1;
         job.n_ranges = threads == 1 ? 1 : threads * 4;
     } else {
-        const int64_t most = layer->mode == MODE_INT8 ? 128 : 48;
+        const int64_t most = layer.mode == MODE_INT8 ? 128 : 48;
         job.token_block = tokens < most ? tokens : most;
         job.n_token_blocks = (tokens + job.token_block - 1) / job.token_block;
         job.token_block = (tokens + job.n_token_blocks - 1) / job.n_token_blocks;
         job.n_ranges = threads;
     }
     if (job.n_ranges > (job.row_blocks + 1) / 2) job.n_ranges = (job.row_blocks + 1) / 2;
-    Task task = {choice()->work, &job};
-    share(&task, threads);
-    if (segments != few) free(segments);
-    return job.failed ? -1 : 0;
+    return true;
+}
+
+// y = x w^T + bias for up to 8 layers of the same activations. Returns 0, or -1 when memory ran out.
+EXPORT int32_t fairy2i_linear(int32_t count, const Layer* const* layers, const void* x, void* const* y,
+                              const float* const* bias, int64_t tokens, int32_t dtype, int32_t threads) {
+    if (tokens <= 0) return 0;
+    if (count < 1 || count > 8) return -1;
+    enum { FEW = 32 };
+    Segment few[8][FEW];
+    Job jobs[8] = {};
+    int64_t size = 0;  // in blocks of 64 bytes
+    for (int32_t i = 0; i < count; i++) size += fairy2i_words(layers[i]) / LANES * tokens;
+    if (size < 256) threads = 1;
+    int32_t failed = 0;
+    for (int32_t i = 0; i < count && !failed; i++) {
+        failed = !prepare_job(jobs[i], *layers[i], tokens, threads, few[i], FEW);
+        jobs[i].x = x, jobs[i].y = y[i], jobs[i].bias = bias[i], jobs[i].dtype = dtype;
+    }
+    Task task = {choice()->work, jobs, count};
+    if (!failed) share(&task, threads);
+    for (int32_t i = 0; i < count; i++) {
+        if (jobs[i].segments != few[i]) free(const_cast<Segment*>(jobs[i].segments));
+        failed |= jobs[i].failed;
+    }
+    return failed ? -1 : 0;
 }

@@ -23,7 +23,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-ABI = 1  # as csrc/dispatch.cpp has it
+ABI = 2  # as csrc/dispatch.cpp has it
 FILE_NAME = "libfairy2i_cpu.so"
 MODES = {"cpu_exact": 0, "cpu_int8": 1}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of activations
@@ -123,7 +123,8 @@ def _load() -> ctypes.CDLL:
     found.fairy2i_choose.argtypes = (ctypes.c_char_p,)
     found.fairy2i_words.argtypes, found.fairy2i_words.restype = (layer,), size
     found.fairy2i_pack.argtypes = found.fairy2i_unpack.argtypes = (layer, pointer, pointer)
-    found.fairy2i_linear.argtypes = (layer, pointer, pointer, pointer, size, number, number)
+    pointers = ctypes.POINTER(pointer)
+    found.fairy2i_linear.argtypes = (number, pointers, pointer, pointers, pointers, size, number, number)
     if (parallel := _openmp_parallel()) is not None:
         found.fairy2i_set_parallel(ctypes.cast(parallel, pointer))
     return found
@@ -211,18 +212,27 @@ def unpack(words: Tensor, codes_shape: tuple[int, ...], shape: tuple[int, int], 
     return codes
 
 
-def run(layer: Layer, x: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-    """Multiply contiguous activations (..., in_features) with a layer whose codes are set; bias is float32."""
-    y = torch.empty(*x.shape[:-1], out_features, dtype=x.dtype)
+def run(layers: list[Layer], x: Tensor, biases: list[Tensor | None], out_features: list[int]) -> list[Tensor]:
+    """Multiply contiguous activations (..., in_features) with layers whose codes are set: a tensor for each.
+
+    Args:
+        layers: at most 8, all of as many columns as ``x``.
+        biases: contiguous float32.
+    """
+    count = len(layers)
+    pointers = ctypes.c_void_p * count
+    leading, dtype = x.shape[:-1], x.dtype
+    outputs = [torch.empty(*leading, size, dtype=dtype) for size in out_features]
     failed = library().fairy2i_linear(
-        layer,
+        count,
+        pointers(*map(ctypes.addressof, layers)),
         x.data_ptr(),
-        y.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        y.numel() // out_features,
-        DTYPES[x.dtype],
+        pointers(*[y.data_ptr() for y in outputs]),
+        pointers(*[None if bias is None else bias.data_ptr() for bias in biases]),
+        leading.numel(),
+        DTYPES[dtype],
         torch.get_num_threads(),
     )
     if failed:
         raise MemoryError("no memory for the kernel's scratch space")
-    return y
+    return outputs

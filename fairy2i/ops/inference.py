@@ -57,7 +57,8 @@ def _packed_linear(
     if (need := cpu.library().fairy2i_words(layer)) != words.numel():
         raise ValueError(f"a {out_features}x{x.shape[-1]} layer needs {need} words of codes, got {words.numel()}")
     layer.codes = words.data_ptr()
-    return cpu.run(layer, x.contiguous(), None if bias is None else bias.float().contiguous(), out_features)
+    bias = None if bias is None else bias.float().contiguous()
+    return cpu.run([layer], x.contiguous(), [bias], [out_features])[0]
 
 
 _library.impl("packed_linear", _packed_linear, "CPU")

@@ -317,11 +317,59 @@ def test_threads_share_a_layer_that_was_never_used():
         torch.set_num_threads(1)
 
 
+class Attention(nn.Module):
+    """Three layers of one input, as transformers has them."""
+
+    def __init__(self, scheme, backend, bias):
+        super().__init__()
+        self.q_proj = random_layer(scheme, 64, 80, backend, bias)
+        self.k_proj = random_layer(scheme, 22, 80, backend, bias)
+        self.v_proj = random_layer(scheme, 34, 80, backend, bias)
+
+    def forward(self, x, other=None):
+        return self.q_proj(x), self.k_proj(x if other is None else other), self.v_proj(x)
+
+
+@EACH_BACKEND
+@pytest.mark.parametrize("scheme", [METHODS["complex_phase_v2"], METHODS["fairy2i_w2"]], ids=str)
+def test_layers_of_one_input_are_computed_together_and_nothing_changes(scheme, backend, monkeypatch):
+    together, x = Attention(scheme, backend, True), torch.randn(1, 1, 80)
+    expected, large = together(x), torch.randn(9, 80)
+    expected_large = together(large)
+    counts, run = [], cpu.run
+    monkeypatch.setattr(cpu, "run", lambda layers, *rest: counts.append(len(layers)) or run(layers, *rest))
+    use_backend(together, backend)
+    for _ in range(2):
+        assert all(torch.equal(*pair) for pair in zip(together(x), expected, strict=True))
+    assert counts == [3, 3]
+    assert all(torch.equal(*pair) for pair in zip(together(large), expected_large, strict=True))
+    assert counts == [3, 3, 1, 1, 1]
+    x.mul_(2)  # another input in the same memory
+    assert not torch.equal(together(x)[2], expected[2])
+    together.q_proj(x)
+    x.mul_(0.5)  # behind q's back
+    assert torch.equal(together.k_proj(x), expected[1])
+
+
+def test_layers_that_turn_out_to_have_inputs_of_their_own_are_parted():
+    together, x = (
+        use_backend(Attention(METHODS["complex_phase_v2"], "cpu_exact", False), "cpu_exact"),
+        torch.randn(1, 80),
+    )
+    other = torch.randn(1, 80)
+    expected = together.k_proj(other)
+    for _ in range(3):
+        assert torch.equal(together(x, other)[1], expected)
+        assert together.k_proj._ahead is None
+        together.q_proj(x)
+    assert together.q_proj._siblings == []
+
+
 # The choice of a backend
 
 
 def test_auto_is_exact_in_eval_mode_and_the_reference_in_training(monkeypatch):
-    monkeypatch.setattr("fairy2i.packed._default", "auto")
+    monkeypatch.setattr("fairy2i.packed.DEFAULT", "auto")
     layer = random_layer(METHODS["complex_phase_v2"], 24, 40, "auto")
     assert f"backend=cpu_exact ({cpu.instruction_set()})" in repr(layer)
     layer(torch.randn(1, 40))
