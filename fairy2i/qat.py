@@ -22,10 +22,18 @@ from .ops import training as ops
 from .schemes import PhaseScheme, Scheme, method_name
 
 
+# asked once, here: torch.compile before torch 2.13 breaks the graph at the question
+_AUTOCAST_DEVICES = tuple(
+    name
+    for name in ("cpu", "cuda", "hpu", "maia", "mps", "mtia", "npu", "xla", "xpu")
+    if torch.amp.is_autocast_available(name)
+)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype that autocast has F.linear use for an input, or None where it leaves the input alone."""
     device_type = x.device.type
-    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    on = device_type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device_type)
     return torch.get_autocast_dtype(device_type) if on and x.dtype != torch.float64 else None
 
 
