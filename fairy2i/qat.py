@@ -21,13 +21,9 @@ from torch.autograd.function import once_differentiable
 from .ops import training as ops
 from .schemes import PhaseScheme, Scheme, method_name
 
-
 # asked once, here: torch.compile before torch 2.13 breaks the graph at the question
-_AUTOCAST_DEVICES = tuple(
-    name
-    for name in ("cpu", "cuda", "hpu", "maia", "mps", "mtia", "npu", "xla", "xpu")
-    if torch.amp.is_autocast_available(name)
-)
+_DEVICES = ("cpu", "cuda", "hpu", "maia", "mps", "mtia", "xla", "xpu")
+_AUTOCAST_DEVICES = tuple(name for name in _DEVICES if torch.amp.is_autocast_available(name))
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
