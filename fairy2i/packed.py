@@ -222,6 +222,9 @@ class PackedLinear(nn.Module):
         if backend == "reference":
             return backend
         problem = None
+        kernel = self._kernel
+        if kernel is not None and kernel.mode_name == backend and (x is None or x.dtype in cpu.DTYPES):
+            return backend  # as at the call before: a move of the layer lets its kernel go
         if self.scales.device.type != "cpu":
             problem = f"the layer is on {self.scales.device}"
         elif x is not None and x.dtype not in cpu.DTYPES:
@@ -270,7 +273,7 @@ class PackedLinear(nn.Module):
         """Map (..., in_features) to (..., out_features) in the dtype of ``x`` (or of autocast)."""
         if (dtype := autocast_dtype(x)) is not None:
             x = x.to(dtype)
-        bias = self.bias
+        bias = self._parameters["bias"]
         if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
             return _PackedMultiply.apply(x, bias, self)
         if (backend := self.backend_for(x)) == "reference":
@@ -279,7 +282,7 @@ class PackedLinear(nn.Module):
 
     def _multiply(self, x: Tensor, backend: str) -> Tensor:
         if (ahead := self._ahead) is not None:
-            self._ahead = None
+            self.__dict__["_ahead"] = None  # past nn.Module's search for parameters
             if ahead[0] is x and ahead[1] == x._version and ahead[2] is self._kernel:
                 return ahead[3]
         if x.shape[-1] != self.in_features:
@@ -304,7 +307,7 @@ class PackedLinear(nn.Module):
         if self.scheme.rotation:
             outputs = [y.to(x.dtype) for y in outputs]
         for layer, y in zip(layers[1:], outputs[1:], strict=True):
-            layer._ahead = (x, x._version, layer._kernel, y)
+            layer.__dict__["_ahead"] = (x, x._version, layer._kernel, y)
         return outputs[0]
 
     def _multiply_in_graph(self, x: Tensor, layout: tuple[int, ...]) -> Tensor:
@@ -319,9 +322,11 @@ class PackedLinear(nn.Module):
     def _ready(self, backend: str) -> tuple[cpu.Layer, Tensor | None]:
         """Return what the library is given of this layer: its description, and its bias in float32."""
         kernel = self._kernel
-        if kernel is None or kernel.mode_name != backend or kernel.scales != self.scales.data_ptr():
+        scales, bias = self._buffers["scales"], self._parameters["bias"]
+        assert scales is not None
+        if kernel is None or kernel.mode_name != backend or kernel.scales != scales.data_ptr():
             kernel = self._repacked(backend)
-        return kernel, None if self.bias is None else self.bias.detach().float().contiguous()
+        return kernel, None if bias is None else bias.detach().float().contiguous()
 
     def _with_siblings(self, backend: str) -> "list[PackedLinear]":
         """Return this layer and those that will be asked about the same input next; none if they were not, before."""
@@ -329,8 +334,7 @@ class PackedLinear(nn.Module):
             for layer in self._siblings:
                 layer._ahead = None
             self._siblings = []
-        layers = [layer for layer in self._siblings if layer.backend_for() == backend and not layer.training]
-        return [self, *layers]
+        return [self, *(layer for layer in self._siblings if layer.backend == self.backend and not layer.training)]
 
     def _repacked(self, backend: str) -> "cpu.Layer":
         kernel = self._repack(backend)

@@ -519,6 +519,22 @@ def test_sanitizers_find_nothing(tmp_path):
     assert "runtime error" not in done.stderr
 
 
+def test_neon_agrees_with_the_portable_kernels_under_an_emulator(tmp_path):
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if not (compiler and emulator):
+        pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)")
+    objects = []
+    for name in ("dispatch", "portable", "neon"):
+        more = ["-march=armv8.2-a+dotprod"] if name == "neon" else []
+        objects.append(tmp_path / f"{name}.o")
+        command = [compiler, "-O2", "-std=c++17", "-w", "-DFAIRY2I_ARM", *more]
+        subprocess.run([*command, "-c", CSRC / f"{name}.cpp", "-o", objects[-1]], check=True)
+    source = Path(__file__).parent / "neon" / "compare.cpp"
+    subprocess.run([compiler, "-static", *objects, source, "-o", tmp_path / "compare", "-pthread"], check=True)
+    done = subprocess.run([emulator, tmp_path / "compare"], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "compared 210\n")
+
+
 def test_the_description_of_a_layer_is_that_of_the_codes():
     layer = QATLinear(40, 24, scheme=METHODS["complex_phase_v2"])
     assert code_rows_and_columns(24, 40, 0) == layer.scheme.code_shape(24, 40)[-2:]
