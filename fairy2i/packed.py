@@ -114,6 +114,7 @@ class PackedLinear(nn.Module):
     """
 
     scales: Tensor
+    bias: nn.Parameter | None
     keep_dense = False  # see keep_dense_weights
     backend: str = "auto"  # see use_backend
     _kept: Tensor | None = None
@@ -140,9 +141,8 @@ class PackedLinear(nn.Module):
         scales = torch.zeros(scheme.scale_shape(out_features, in_features), dtype=torch.float32, device=device)
         self._buffers["codes"] = codes  # a persistent buffer; register_buffer would take the property for a clash
         self.register_buffer("scales", scales)
-        self.bias = (
-            nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype), requires_grad=False) if bias else None
-        )
+        zeros = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
+        self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros, requires_grad=False))
 
     @classmethod
     def from_qat(cls, layer: QATLinear) -> "PackedLinear":
