@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 enum { ABI = 2 };
@@ -266,27 +267,96 @@ EXPORT int32_t fairy2i_unpack(const Layer* layer, const uint32_t* words, uint8_t
 
 // torch brings an OpenMP runtime of its own, whose threads spin for a while behind each parallel region. Threads of ours
 // would compete with them for the cores, so we ask for work from the same team: the caller hands over GOMP_parallel of
-// the runtime that is loaded already (libgomp, and LLVM's and Intel's, have it). Without one, a thread per helper.
+// the runtime that is loaded already (libgomp, and LLVM's and Intel's, have it). But a team has a barrier: where another
+// program keeps a core busy, each call waits until the scheduler has run the thread that has nothing left to do, for
+// milliseconds. A call that sees this sends the next ones to helpers of our own, which nobody waits for.
 typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
 static Parallel parallel = nullptr;
 EXPORT void fairy2i_set_parallel(Parallel function) { parallel = function; }
 
-struct Task { Work work; Job* jobs; int32_t count; };
-static void run_task(void* data) {
-    const Task* task = static_cast<Task*>(data);
-    for (int32_t i = 0; i < task->count; i++) task->work(&task->jobs[i]);
+enum { TOO_LONG_NS = 500000, CALLS_WITHOUT_TEAM = 4000 };
+static int32_t without_team = 0;  // calls until the team gets another chance
+
+static int64_t now() {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * 1000000000ll + time.tv_nsec;
 }
-static void* run_thread(void* task) { run_task(task); return nullptr; }
+
+struct Task { Work work; Job* jobs; int32_t count; pthread_t caller; int64_t done; };
+static void run_task(void* data) {
+    Task* task = static_cast<Task*>(data);
+    for (int32_t i = 0; i < task->count; i++) task->work(&task->jobs[i]);
+    if (pthread_equal(pthread_self(), task->caller)) task->done = now();
+}
+
+// Helpers sleep between calls and join whoever calls, if they wake up in time: the caller starts at once, and in the end
+// waits for those alone that have joined. A core that something else keeps busy then costs what it would have brought,
+// not a wait in each call, which is what a team with a barrier would make of it.
+static struct {
+    pthread_mutex_t owner = PTHREAD_MUTEX_INITIALIZER;  // one call at a time has the helpers
+    pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    pthread_cond_t wake = PTHREAD_COND_INITIALIZER, left = PTHREAD_COND_INITIALIZER;
+    Task* task = nullptr;
+    int32_t seats = 0, joined = 0, helpers = 0;
+} pool;
+
+static void* help(void*) {
+    pthread_mutex_lock(&pool.lock);
+    for (;;) {
+        while (!pool.task || pool.seats <= 0) pthread_cond_wait(&pool.wake, &pool.lock);
+        Task* task = pool.task;
+        pool.seats--, pool.joined++;
+        pthread_mutex_unlock(&pool.lock);
+        run_task(task);
+        pthread_mutex_lock(&pool.lock);
+        if (__atomic_sub_fetch(&pool.joined, 1, __ATOMIC_RELEASE) == 0) pthread_cond_signal(&pool.left);
+    }
+    return nullptr;
+}
+
+static void forget_helpers() {  // in the child of a fork there are none
+    pool.owner = PTHREAD_MUTEX_INITIALIZER, pool.lock = PTHREAD_MUTEX_INITIALIZER;
+    pool.wake = PTHREAD_COND_INITIALIZER, pool.left = PTHREAD_COND_INITIALIZER;
+    pool.task = nullptr, pool.seats = pool.joined = pool.helpers = 0;
+}
 
 static void share(Task* task, int32_t threads) {
-    if (threads <= 1) return run_task(task);
-    if (parallel) return parallel(run_task, task, static_cast<unsigned>(threads), 0);
-    pthread_t helpers[64];
-    int started = 0;
-    for (; started < threads - 1 && started < 64; started++)
-        if (pthread_create(&helpers[started], nullptr, run_thread, task)) break;
-    run_task(task);  // takes whatever no helper takes
-    for (int i = 0; i < started; i++) pthread_join(helpers[i], nullptr);
+    task->caller = pthread_self();
+    if (parallel && threads > 1 && __atomic_load_n(&without_team, __ATOMIC_RELAXED) <= 0) {
+        parallel(run_task, task, static_cast<unsigned>(threads), 0);
+        const bool slow = now() - task->done > TOO_LONG_NS && task->jobs[0].tokens <= 4;  // where parts are small
+        if (slow) __atomic_store_n(&without_team, CALLS_WITHOUT_TEAM, __ATOMIC_RELAXED);
+        return;
+    }
+    if (__atomic_load_n(&without_team, __ATOMIC_RELAXED) > 0) __atomic_sub_fetch(&without_team, 1, __ATOMIC_RELAXED);
+    if (threads <= 1 || pthread_mutex_trylock(&pool.owner)) return run_task(task);
+    static bool watched = false;
+    if (!watched) watched = pthread_atfork(nullptr, nullptr, forget_helpers) == 0;
+    pthread_mutex_lock(&pool.lock);
+    while (pool.helpers < threads - 1) {
+        pthread_t helper;
+        if (pthread_create(&helper, nullptr, help, nullptr)) break;  // the rest does without
+        pthread_detach(helper);
+        pool.helpers++;
+    }
+    pool.task = task, pool.seats = threads - 1;
+    pthread_mutex_unlock(&pool.lock);
+    if (threads == 2) pthread_cond_signal(&pool.wake);
+    else pthread_cond_broadcast(&pool.wake);
+    run_task(task);
+    pthread_mutex_lock(&pool.lock);
+    pool.task = nullptr, pool.seats = 0;
+    pthread_mutex_unlock(&pool.lock);
+    for (int spin = 0; spin < 4000 && __atomic_load_n(&pool.joined, __ATOMIC_ACQUIRE); spin++) {
+#if defined(FAIRY2I_X86)
+        __builtin_ia32_pause();
+#endif
+    }
+    pthread_mutex_lock(&pool.lock);
+    while (pool.joined) pthread_cond_wait(&pool.left, &pool.lock);
+    pthread_mutex_unlock(&pool.lock);
+    pthread_mutex_unlock(&pool.owner);
 }
 
 static bool prepare_job(Job& job, const Layer& layer, int64_t tokens, int32_t threads, Segment* few, int64_t many) {
@@ -305,7 +375,7 @@ static bool prepare_job(Job& job, const Layer& layer, int64_t tokens, int32_t th
         job.token_block = tokens < most ? tokens : most;
         job.n_token_blocks = (tokens + job.token_block - 1) / job.token_block;
         job.token_block = (tokens + job.n_token_blocks - 1) / job.n_token_blocks;
-        job.n_ranges = threads;
+        job.n_ranges = threads * 2;
     }
     if (job.n_ranges > (job.row_blocks + 1) / 2) job.n_ranges = (job.row_blocks + 1) / 2;
     return true;
@@ -327,7 +397,7 @@ EXPORT int32_t fairy2i_linear(int32_t count, const Layer* const* layers, const v
         failed = !prepare_job(jobs[i], *layers[i], tokens, threads, few[i], FEW);
         jobs[i].x = x, jobs[i].y = y[i], jobs[i].bias = bias[i], jobs[i].dtype = dtype;
     }
-    Task task = {choice()->work, jobs, count};
+    Task task = {choice()->work, jobs, count, {}, 0};
     if (!failed) share(&task, threads);
     for (int32_t i = 0; i < count; i++) {
         if (jobs[i].segments != few[i]) free(const_cast<Segment*>(jobs[i].segments));

@@ -5,7 +5,8 @@ is not ours, or broken, is told from ours before it is trusted: :func:`why_off` 
 raises it. FAIRY2I_CPU_LIBRARY names another file, or is "off".
 
 The library wants OpenMP's ``GOMP_parallel`` from the runtime that PyTorch has loaded, so that kernels and PyTorch share
-one team of threads; as many threads are used as ``torch.get_num_threads()`` says at the call.
+one team of threads; as many threads are used as ``torch.get_num_threads()`` says at the call. Where the team has to
+wait for a core that another program has, and without such a runtime, it uses threads of its own (csrc/dispatch.cpp).
 """
 
 import ctypes

@@ -1,6 +1,7 @@
 """The CPU kernels: every scheme, shape and instruction set against float64, and what surrounds them in PyTorch."""
 
 import contextlib
+import ctypes
 import logging
 import os
 import re
@@ -300,8 +301,11 @@ def test_new_scales_are_seen_at_the_next_call():
     assert torch.allclose(layer(x), 4 * y, rtol=1e-6)
 
 
-def test_threads_share_a_layer_that_was_never_used():
-    torch.set_num_threads(2)
+@pytest.mark.parametrize("team", [True, False], ids=["PyTorch's team", "own threads"])
+def test_threads_share_a_layer_that_was_never_used(team):
+    torch.set_num_threads(3)
+    if not team:
+        cpu.library().fairy2i_set_parallel(None)
     try:
         for _ in range(10):
             layer, x = random_layer(METHODS["complex_phase_v2"], 256, 512), torch.randn(3, 512)
@@ -313,8 +317,14 @@ def test_threads_share_a_layer_that_was_never_used():
                 thread.join()
             assert len(found) == 4
             assert all(torch.equal(y, expected) for y in found)
+        if not team and hasattr(os, "fork"):  # a child has none of the threads
+            child = os.fork()
+            if child == 0:
+                os._exit(0 if torch.equal(layer(x), expected) else 1)
+            assert os.waitpid(child, 0)[1] == 0
     finally:
         torch.set_num_threads(1)
+        cpu.library().fairy2i_set_parallel(ctypes.cast(cpu._openmp_parallel(), ctypes.c_void_p))
 
 
 class Attention(nn.Module):
