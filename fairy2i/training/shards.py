@@ -22,7 +22,7 @@ import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import chain
 from typing import Any
 
@@ -197,7 +197,9 @@ def prepare(
         finished, shards = _what_is_there(folder, header)
         _warn_of_a_full_disk(folder, header, shards)
         stream = _Stream(subsets, budgets, tokenizer, np.dtype(header["dtype"]), seed)
-        with tqdm(total=tokens, unit=" tokens", unit_scale=True, desc="Preparing", disable=None) as bar:
+        # closed here, also after ctrl-C: as garbage its own thread might close it, which cannot wait for itself
+        shown = tqdm(total=tokens, unit=" tokens", unit_scale=True, desc="Preparing", disable=None)
+        with closing(stream), shown as bar:
             number, state = 0, stream.state
             while finished is None or number < len(finished["shards"]):
                 if number < len(shards) and _intact(folder, shards[number], header["dtype"]):
