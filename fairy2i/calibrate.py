@@ -186,6 +186,29 @@ def output_error(weight: Tensor, quantized: Tensor, gram: Tensor) -> float:
     return float(((difference @ gram) * difference).sum() / ((weight @ gram) * weight).sum().clamp(min=1e-30))
 
 
+def loosen(master: Tensor, target: Tensor, scales: Tensor, scheme: PhaseScheme) -> Tensor:
+    """Bring each complex entry of a master weight as near to a target as its codes allow.
+
+    A master weight that equals its quantized value sits in the middle of its cells: training could not move a code for
+    hundreds of steps. One near the boundary on the side of the target has the same forward, and can.
+
+    Args:
+        master, target: float32 (2n, 2m).
+        scales: float32 (T, 2, 2, *group).
+
+    Returns:
+        float32 (2n, 2m), of the same codes as ``master``, entries a quarter, half, three quarters or all of the way.
+    """
+    codes, _ = scheme.quantize(master, scales)
+    start, goal = torch.stack(to_parts(master)), torch.stack(to_parts(target))  # (2, 2, n, m): re and im of U and W
+    best = start
+    for share in (0.25, 0.5, 0.75, 1.0):
+        moved = torch.lerp(start, goal, share)
+        same = (scheme.quantize(from_parts(moved[0], moved[1]), scales)[0] == codes).all(dim=0)
+        best = torch.where(same, moved, best)
+    return from_parts(best[0], best[1])
+
+
 @torch.no_grad()
 def calibrate_layer(
     layer: QATLinear, gram: Tensor, target: Tensor | None = None, *, damping: float = 0.01, rounds: int = 2
@@ -224,6 +247,7 @@ def calibrate_layer(
         if error < best:
             best, master = error, dense
             layer.group_scales.copy_(scales)  # type: ignore[union-attr]
+    master = loosen(master, weight, layer.group_scales, scheme)  # type: ignore[arg-type]
     layer.matrix.copy_(rotate(master, layer.scheme.rotation))
     return before, best
 

@@ -12,6 +12,7 @@ from fairy2i.calibrate import (
     calibrate,
     calibrate_layer,
     inverse_factor,
+    loosen,
     output_error,
     refit_row_scales,
     round_with_feedback,
@@ -189,3 +190,30 @@ def test_other_schemes_and_other_models_are_refused():
         calibrate(model, token_batch())
     with pytest.raises(ValueError, match="no list of decoder blocks"):
         calibrate(nn.Sequential(QATLinear(4, 4, scheme=scheme())), torch.zeros(1, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_a_loosened_master_weight_has_the_same_codes_and_is_nearer_to_the_target(stages):
+    scheme = PhaseScheme(stages=stages, granularity="row", scales="learned")
+    target = torch.randn(24, 40, generator=torch.Generator().manual_seed(6))
+    noise = torch.randn(24, 40, generator=torch.Generator().manual_seed(7))
+    _, scales = scheme.quantize(target)
+    tight = scheme.dequantize(*scheme.quantize(target + 0.3 * noise, scales))  # in the middle of cells
+    codes, _ = scheme.quantize(tight, scales)
+    loose = loosen(tight, target, scales, scheme)
+    assert torch.equal(scheme.quantize(loose, scales)[0], codes)
+    assert (loose - target).norm() < 0.8 * (tight - target).norm()
+    own = loosen(scheme.dequantize(*scheme.quantize(target)), target, scales, scheme)
+    torch.testing.assert_close(own, target)  # nothing is in the way where the codes are the target's own
+
+
+def test_codes_of_a_calibrated_layer_can_move():
+    torch.manual_seed(8)
+    layer = QATLinear(64, 48, bias=False, scheme=PhaseScheme(stages=2, granularity="row", scales="learned"))
+    x = torch.randn(300, 64) @ torch.randn(64, 64)
+    weight = layer.weight.detach().clone()
+    calibrate_layer(layer, x.T @ x)
+    middle = layer.quantized_weight()
+    at_target = (layer.weight - weight).abs() < 1e-5 * weight.abs().max()
+    assert at_target.float().mean() > 0.1
+    assert ((layer.weight - middle).abs() < 1e-6).float().mean() < 0.3
