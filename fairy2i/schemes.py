@@ -1,7 +1,7 @@
 """Schemes: what decides how a weight becomes codes and scales, as plain data.
 
 A scheme is a frozen, validated, JSON-able dataclass. It travels with a layer from training to the packed checkpoint and
-knows nothing of modules. METHODS names the schemes of the paper, and of this library's own recipes (docs/recipes.md). A
+knows nothing of modules. METHODS names the schemes of the paper, and of this library's own recipes (docs/results.md). A
 method is a name or a scheme; a new variant is a new value here, not a new class.
 """
 
