@@ -269,13 +269,15 @@ EXPORT int32_t fairy2i_unpack(const Layer* layer, const uint32_t* words, uint8_t
 // would compete with them for the cores, so we ask for work from the same team: the caller hands over GOMP_parallel of
 // the runtime that is loaded already (libgomp, and LLVM's and Intel's, have it). But a team has a barrier: where another
 // program keeps a core busy, each call waits until the scheduler has run the thread that has nothing left to do, for
-// milliseconds. A call that sees this sends the next ones to helpers of our own, which nobody waits for.
+// milliseconds. Where that happens several times in short order, the next calls go to helpers of our own, which nobody
+// waits for.
 typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
 static Parallel parallel = nullptr;
 EXPORT void fairy2i_set_parallel(Parallel function) { parallel = function; }
 
-enum { TOO_LONG_NS = 500000, CALLS_WITHOUT_TEAM = 4000 };
+enum { TOO_LONG_NS = 1000000, CALLS_WITHOUT_TEAM = 1000, A_WAIT = 8, ENOUGH = 32 };
 static int32_t without_team = 0;  // calls until the team gets another chance
+static int32_t waits = 0;         // A_WAIT more for a call that waited, 1 less for one that did not
 
 static int64_t now() {
     struct timespec time;
@@ -325,8 +327,14 @@ static void share(Task* task, int32_t threads) {
     task->caller = pthread_self();
     if (parallel && threads > 1 && __atomic_load_n(&without_team, __ATOMIC_RELAXED) <= 0) {
         parallel(run_task, task, static_cast<unsigned>(threads), 0);
-        const bool slow = now() - task->done > TOO_LONG_NS && task->jobs[0].tokens <= 4;  // where parts are small
-        if (slow) __atomic_store_n(&without_team, CALLS_WITHOUT_TEAM, __ATOMIC_RELAXED);
+        if (task->jobs[0].tokens > 4) return;  // parts are large: waiting says nothing
+        int32_t score = __atomic_load_n(&waits, __ATOMIC_RELAXED);
+        score = now() - task->done > TOO_LONG_NS ? score + A_WAIT : score > 0 ? score - 1 : 0;
+        if (score >= ENOUGH) {
+            score = 0;
+            __atomic_store_n(&without_team, CALLS_WITHOUT_TEAM, __ATOMIC_RELAXED);
+        }
+        __atomic_store_n(&waits, score, __ATOMIC_RELAXED);
         return;
     }
     if (__atomic_load_n(&without_team, __ATOMIC_RELAXED) > 0) __atomic_sub_fetch(&without_team, 1, __ATOMIC_RELAXED);
