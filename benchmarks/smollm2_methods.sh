@@ -1,32 +1,77 @@
 #!/usr/bin/env bash
-# Train SmolLM2-135M with each method on the same 20 M tokens and measure it: the table in docs/results.md.
+# Train SmolLM2-135M with each method on the same 20 M tokens, pack it, measure it: the tables in docs/results.md.
 #
-#   bash benchmarks/smollm2_methods.sh OUT MODEL TRAIN_TEXT WIKITEXT2_TEST [more held-out texts ...]
+#   bash benchmarks/smollm2_methods.sh train OUT MODEL SHARDS METHOD     one method; several may run side by side
+#   bash benchmarks/smollm2_methods.sh measure OUT MODEL METHOD -- ARGUMENTS OF eval/compare.py
+#   bash benchmarks/smollm2_methods.sh table OUT MODEL -- ARGUMENTS OF eval/compare.py       all that is in OUT
 #
-# METHODS and FLAGS (more arguments of train.py) may be set. Needs a GPU of 80 GB. Writes OUT/<method>.json and logs.
-# A method whose JSON is in OUT already is not run again. 'untrained' measures the
-# model as it is, 'none' trains it unquantized.
+# METHOD is a line of the list below. SHARDS come from `fairy2i prepare`. Trained and packed models are in OUT/trained
+# and OUT/packed, logs and losses in OUT/logs, measurements in OUT/measurements. What is there is not made again.
+# FLAGS: more arguments for train.py. Needs a GPU of 80 GB; on one, set CUDA_VISIBLE_DEVICES.
 set -euo pipefail
-out=$1 model=$2 train_text=$3
-shift 3
+usage() { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+
+paper=configs/train/smollm2_135m_20m_tokens.yaml own=configs/train/smollm2_135m_fairy2i.yaml
+same='"granularity": "row", "scales": "learned"'
+arguments() { # of train.py, for a method
+  case $1 in
+    none | bitnet | bitnet_1_58 | complex_phase_v[1-4]) echo --config $paper --quant_method "$1" ;;
+    fairy2i_w1) echo --config $own --quant_method fairy2i_w1 --calibrate_tokens 131072 ;;
+    fairy2i_w[23]) echo --config $own --quant_method "$1" ;;
+    # what the recipe brings to real weights, and what its parts bring
+    binary_own) echo --config $own --quant_method "{\"kind\":\"real\",\"levels\":2,${same// /},\"rotation\":64}" ;;
+    ternary_own) echo --config $own --quant_method "{\"kind\":\"real\",\"levels\":3,${same// /},\"rotation\":64}" ;;
+    w[123]_unrotated) echo --config $own --quant_method "{\"kind\":\"phase\",\"stages\":${1:1:1},${same// /}}" ;;
+    w[123]_no_teacher) echo --config $own --quant_method "fairy2i_w${1:1:1}" --distill 0 ;;
+    w1_rounded) echo --config $own --quant_method fairy2i_w1 ;;
+    w[23]_calibrated) echo --config $own --quant_method "fairy2i_w${1:1:1}" --calibrate_tokens 131072 ;;
+    *) echo "there is no method $1 in $0" >&2; exit 2 ;;
+  esac
+}
+
+[ $# -ge 3 ] || usage
+verb=$1 out=$2 model=$3
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
-mkdir -p "$out"
-for method in ${METHODS:-untrained none complex_phase_v2 complex_phase_v1 bitnet_1_58 bitnet}; do
-  [ -e "$out/$method.json" ] && continue
-  trained=$model
-  gguf=${GGUF_FILE:+--gguf_file $GGUF_FILE}
-  if [ "$method" != untrained ]; then
-    trained=outputs/smollm2-$method
-    # shellcheck disable=SC2086
-    $python train/train.py --config configs/train/smollm2_135m_20m_tokens.yaml --model "$model" $gguf \
-      --data "$train_text" --quant_method "$method" --output_dir "$trained" ${FLAGS:-} > "$out/$method.log" 2>&1
-    cp "$trained/trainer_state.json" "$out/$method.state.json"
-    gguf=
-  fi
-  # shellcheck disable=SC2086
-  $python eval/eval_ppl.py --model "$trained" $gguf --data "$@" --window 1024 --max_windows 128 --batch_size 8 \
-    --output "$out/$method.json.part" >> "$out/$method.log" 2>&1
-  mv "$out/$method.json.part" "$out/$method.json"
-  tail -n 3 "$out/$method.log"
-done
+mkdir -p "$out/logs" "$out/trained" "$out/packed"
+
+where() { # the model to measure
+  case $1 in
+    untrained) echo "$model" ;;
+    none) echo "$out/trained/none" ;;
+    *) echo "$out/packed/$1" ;;
+  esac
+}
+
+case $verb in
+  train)
+    [ $# -eq 5 ] || usage
+    shards=$4 method=$5
+    chosen=$(arguments "$method")
+    if [ ! -e "$out/trained/$method/train_results.json" ]; then
+      # shellcheck disable=SC2086
+      $python train/train.py $chosen --model "$model" --data "$shards" --output_dir "$out/trained/$method" \
+        --torch_compile True ${FLAGS:-} > "$out/logs/$method.log" 2>&1
+      cp "$out/trained/$method/trainer_state.json" "$out/logs/$method.state.json"
+    fi
+    if [ "$method" != none ] && [ ! -e "$out/packed/$method" ]; then
+      $python -m fairy2i quantize "$out/trained/$method" "$out/packed/$method" --dtype bfloat16
+    fi
+    ;;
+  measure | table)
+    models=()
+    if [ "$verb" = measure ]; then
+      models=("$4=$(where "$4")")
+      shift
+    else
+      for method in untrained none $(ls "$out/packed"); do
+        if [ -e "$(where "$method")/config.json" ]; then models+=("$method=$(where "$method")"); fi
+      done
+      set -- "$@" --plot "$out/quality.png"
+    fi
+    shift 3
+    [ "${1:-}" != -- ] || shift
+    $python eval/compare.py --models "${models[@]}" --output_folder "$out" "$@"
+    ;;
+  *) usage ;;
+esac
