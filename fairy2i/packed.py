@@ -30,7 +30,7 @@ from .ops import cpu
 from .ops.inference import code_rows_and_columns, layout_of, packed_linear
 from .packing import pack_codes, unpack_codes
 from .qat import QATLinear, autocast_dtype, keep_float32
-from .rotation import rotate
+from .rotation import block_width, rotate
 from .schemes import Scheme, method_name
 
 logger = logging.getLogger(__name__)
@@ -205,7 +205,8 @@ class PackedLinear(nn.Module):
                 words = cpu.repack(self.codes, shape, layout)
             if not self.scales.is_contiguous():
                 self.scales = self.scales.contiguous()
-            kernel = cpu.describe(shape, layout, self.scales)
+            rotation = block_width(self.in_features, self.scheme.rotation)
+            kernel = cpu.describe(shape, layout, self.scales, rotation)
             kernel.codes = words.data_ptr()
             kernel.mode_name, kernel.memory = mode, (words, self.scales)  # theirs while a call runs, whatever comes
             self._hold(None, words)
@@ -290,9 +291,9 @@ class PackedLinear(nn.Module):
         if torch.compiler.is_compiling():
             return self._multiply_in_graph(x, layout_of(self.scheme, backend))
         kernel, bias = self._ready(backend)
-        codes_of = x if not self.scheme.rotation else rotate(x.float(), self.scheme.rotation)
         if _watched(x):
             layout = layout_of(self.scheme, backend)
+            codes_of = x if not self.scheme.rotation else rotate(x.float(), self.scheme.rotation)
             return packed_linear(codes_of, *kernel.memory, bias, self.out_features, layout).to(x.dtype)
         layers = [self]
         if self._siblings and x.numel() <= 4 * self.in_features and not x.is_inference():
@@ -300,7 +301,7 @@ class PackedLinear(nn.Module):
         ready = [(kernel, bias), *(layer._ready(backend) for layer in layers[1:])]
         outputs = cpu.run(
             [kernel for kernel, _ in ready],
-            codes_of.contiguous(),
+            (x.float() if kernel.rotation > 1 else x).contiguous(),
             [bias for _, bias in ready],
             [layer.out_features for layer in layers],
         )

@@ -6,7 +6,7 @@
 #include <time.h>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
-enum { ABI = 2 };
+enum { ABI = 3 };
 typedef void (*Work)(Job*);
 
 extern "C" void fairy2i_work_portable(Job*);
@@ -389,7 +389,29 @@ static bool prepare_job(Job& job, const Layer& layer, int64_t tokens, int32_t th
     return true;
 }
 
-// y = x w^T + bias for up to 8 layers of the same activations. Returns 0, or -1 when memory ran out.
+// Multiply each block of `width` numbers by a Hadamard matrix: sums in the order of fairy2i/rotation.py, the same bits.
+static void rotate(const float* x, float* out, int64_t count, int64_t width) {
+    float scale = 1;
+    for (int64_t w = width; w > 1; w /= 4) scale /= 2;
+    for (int64_t block = 0; block < count; block += width) {
+        float* v = out + block;
+        for (int64_t i = 0; i < width; i += 4) {  // the first two levels: neighbours, and pairs of neighbours
+            const float* u = x + block + i;
+            const float a = u[0] + u[1], b = u[0] - u[1], c = u[2] + u[3], d = u[2] - u[3];
+            v[i] = a + c, v[i + 1] = b + d, v[i + 2] = a - c, v[i + 3] = b - d;
+        }
+        for (int64_t h = 4; h < width; h *= 2)
+            for (int64_t i = 0; i < width; i += 2 * h)
+                for (int64_t j = i; j < i + h; j++) {
+                    const float a = v[j], b = v[j + h];
+                    v[j] = a + b, v[j + h] = a - b;
+                }
+        for (int64_t i = 0; i < width; i++) v[i] *= scale;
+    }
+}
+
+// y = x w^T + bias for up to 8 layers of the same activations, which are float32 where the layers rotate them, all by
+// the same blocks. Returns 0, or -1 when memory ran out.
 EXPORT int32_t fairy2i_linear(int32_t count, const Layer* const* layers, const void* x, void* const* y,
                               const float* const* bias, int64_t tokens, int32_t dtype, int32_t threads) {
     if (tokens <= 0) return 0;
@@ -401,6 +423,14 @@ EXPORT int32_t fairy2i_linear(int32_t count, const Layer* const* layers, const v
     for (int32_t i = 0; i < count; i++) size += fairy2i_words(layers[i]) / LANES * tokens;
     if (size < 256) threads = 1;
     int32_t failed = 0;
+    float* rotated = nullptr;
+    if (layers[0]->rotation > 1) {
+        const int64_t features = layers[0]->cols * (layers[0]->kind == KIND_PHASE ? 2 : 1);
+        rotated = static_cast<float*>(malloc(tokens * features * sizeof(float)));
+        if (!rotated || dtype != DTYPE_F32) { free(rotated); return -1; }
+        rotate(static_cast<const float*>(x), rotated, tokens * features, layers[0]->rotation);
+        x = rotated;
+    }
     for (int32_t i = 0; i < count && !failed; i++) {
         failed = !prepare_job(jobs[i], *layers[i], tokens, threads, few[i], FEW);
         jobs[i].x = x, jobs[i].y = y[i], jobs[i].bias = bias[i], jobs[i].dtype = dtype;
@@ -411,5 +441,6 @@ EXPORT int32_t fairy2i_linear(int32_t count, const Layer* const* layers, const v
         if (jobs[i].segments != few[i]) free(const_cast<Segment*>(jobs[i].segments));
         failed |= jobs[i].failed;
     }
+    free(rotated);
     return failed ? -1 : 0;
 }

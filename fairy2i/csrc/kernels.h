@@ -37,6 +37,7 @@ struct Layer {
     int64_t tile;
     const uint32_t* codes;     // repacked
     const float* scales;       // as in the checkpoint: (stages, 2, 2, *group) or (*group)
+    int64_t rotation;          // width of the Hadamard blocks that the activations go through first; 0 or 1: none
 };
 
 struct Segment {

@@ -24,7 +24,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-ABI = 2  # as csrc/dispatch.cpp has it
+ABI = 3  # as csrc/dispatch.cpp has it
 FILE_NAME = "libfairy2i_cpu.so"
 MODES = {"cpu_exact": 0, "cpu_int8": 1}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of activations
@@ -50,6 +50,7 @@ class Layer(ctypes.Structure):
         ("tile", ctypes.c_int64),
         ("codes", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
+        ("rotation", ctypes.c_int64),
     )
 
 
@@ -183,16 +184,20 @@ def use_instruction_set(name: str) -> str:
     return before
 
 
-def describe(shape: tuple[int, int], layout: "tuple[int, ...] | list[int]", scales: Tensor | None = None) -> Layer:
+def describe(
+    shape: tuple[int, int], layout: "tuple[int, ...] | list[int]", scales: Tensor | None = None, rotation: int = 0
+) -> Layer:
     """Return the description of a layer, codes not set.
 
     Args:
         shape: rows and columns of the codes (complex ones for phase codes).
         layout: kind (0 phase, 1 real), stages or planes, granularity (0 tensor, 1 row, 2 tile), tile, mode.
         scales: contiguous float32; must live as long as the description is used.
+        rotation: width of the blocks that :func:`run` rotates float32 activations by.
     """
     kind, stages, granularity, tile, mode = layout
-    return Layer(kind, stages, *shape, granularity, mode, tile, None, None if scales is None else scales.data_ptr())
+    pointer = None if scales is None else scales.data_ptr()
+    return Layer(kind, stages, *shape, granularity, mode, tile, None, pointer, rotation)
 
 
 def repack(codes: Tensor, shape: tuple[int, int], layout: tuple[int, ...]) -> Tensor:
@@ -217,7 +222,7 @@ def run(layers: list[Layer], x: Tensor, biases: list[Tensor | None], out_feature
     """Multiply contiguous activations (..., in_features) with layers whose codes are set: a tensor for each.
 
     Args:
-        layers: at most 8, all of as many columns as ``x``.
+        layers: at most 8, all of as many columns as ``x``, and of one rotation; with one, ``x`` is float32.
         biases: contiguous float32.
     """
     count = len(layers)

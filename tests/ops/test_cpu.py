@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from fairy2i import METHODS, PackedLinear, PhaseScheme, QATLinear, RealScheme
 from fairy2i.ops import cpu
 from fairy2i.ops.inference import code_rows_and_columns, layout_of
 from fairy2i.packed import use_backend
+from fairy2i.rotation import rotate
 
 CSRC = Path(__file__).resolve().parents[2] / "fairy2i" / "csrc"
 SCHEMES = [
@@ -413,6 +415,7 @@ import logging, sys, torch
 logging.basicConfig(format="%(message)s")
 from fairy2i import METHODS, PackedLinear
 from fairy2i.packed import use_backend
+from fairy2i.rotation import rotate
 layer = PackedLinear(4, 4, scheme=METHODS["complex_phase_v2"]).eval()
 for _ in range(2):
     print(tuple(layer(torch.ones(1, 4)).shape), layer.backend_for())
@@ -549,3 +552,20 @@ def test_the_description_of_a_layer_is_that_of_the_codes():
     layer = QATLinear(40, 24, scheme=METHODS["complex_phase_v2"])
     assert code_rows_and_columns(24, 40, 0) == layer.scheme.code_shape(24, 40)[-2:]
     assert code_rows_and_columns(24, 40, 1) == METHODS["bitnet"].code_shape(24, 40)
+
+
+# Rotation
+
+
+@EACH_BACKEND
+@pytest.mark.parametrize(("features", "rotation"), [(8, 4), (172, 64), (48, 16), (192, 64), (1024, 256)])
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_the_library_rotates_activations_to_the_bits_of_pytorch(features, rotation, tokens, backend):
+    scheme = PhaseScheme(stages=2, granularity="row", scales="learned", rotation=rotation)
+    layer = random_layer(scheme, 10, features, backend, True)
+    x = torch.randn(tokens, features)
+    found = layer(x)
+    plain = random_layer(replace(scheme, rotation=0), 10, features, backend, True)
+    plain.load_state_dict(layer.state_dict())
+    assert torch.equal(found, plain(rotate(x, rotation)))
+    assert not torch.equal(found, plain(x))
