@@ -9,10 +9,11 @@ What multiplies is the *backend*, :func:`use_backend`:
     cpu_exact   a CPU kernel that adds and subtracts float32 activations and multiplies by scales at the end: the
                 reference's result but for the rounding of float32 sums.
     cpu_int8    a CPU kernel that rounds activations to 8 bits, in groups of 256 with a scale each; faster.
+    gpu         Triton kernels on an NVIDIA GPU (fairy2i.ops.triton.packed), as exact as the reference.
     auto        cpu_exact where it can be used: on the CPU, in eval mode, with no gradient to give; else the reference.
                 The environment variable FAIRY2I_BACKEND makes it another one, for a whole process.
 
-A CPU kernel wants codes in another order. A layer repacks them at the first call and then holds that form alone, as the
+A kernel wants codes in another order. A layer repacks them at the first call and then holds that form alone, as the
 buffer ``words``; reading ``codes``, saving or moving the layer puts them back in the order of the format.
 """
 
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .ops import cpu
+from .ops import cpu, gpu
 from .ops.inference import code_rows_and_columns, layout_of, packed_linear
 from .packing import pack_codes, unpack_codes
 from .qat import QATLinear, autocast_dtype, keep_float32
@@ -35,7 +36,7 @@ from .schemes import Scheme, method_name
 
 logger = logging.getLogger(__name__)
 
-Backend = Literal["auto", "reference", "cpu_exact", "cpu_int8"]
+Backend = Literal["auto", "reference", "cpu_exact", "cpu_int8", "gpu"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 SIBLINGS = (  # names, in the order of their calls, of layers that usually see the same input
@@ -120,8 +121,9 @@ class PackedLinear(nn.Module):
     _kept: Tensor | None = None
     _layout: tuple[int, ...] | None = None  # what ``words`` is
     _siblings: "list[PackedLinear]" = []  # noqa: RUF012 - never changed in place; see use_backend
-    _ahead: tuple[Tensor, int, cpu.Layer | None, Tensor] | None = None  # an input and the output made with a sibling's
-    _kernel: cpu.Layer | None = None  # the same for the library; points at the memory of words and scales
+    _ahead: tuple[Tensor, int, Any, Tensor] | None = None  # an input and the output made with a sibling's
+    _kernel: cpu.Layer | gpu.Layer | None = None  # the same for the library; points at the memory of words and scales
+    _group: "_Group | None" = None  # layers of one input whose words are joined, on a GPU
 
     def __init__(
         self,
@@ -184,15 +186,18 @@ class PackedLinear(nn.Module):
         if codes is None and self.words is not None:
             assert self._layout is not None
             shape = code_rows_and_columns(self.out_features, self.in_features, self._layout[0])
-            return cpu.unpack(
+            unpack = gpu.unpack if self._layout[4] in gpu.MODES.values() else cpu.unpack
+            return unpack(
                 self.words, self.scheme.packed_shape(self.out_features, self.in_features), shape, self._layout
             )
         assert codes is not None
         return codes
 
-    def _repack(self, mode: str | None) -> "cpu.Layer | None":
+    def _repack(self, mode: str | None) -> "cpu.Layer | gpu.Layer | None":
         """Hold the codes as the kernel of a mode wants them, or with None in the order of the format."""
         with _repacking:  # threads may share a model
+            if self._group is not None and (mode is None or self._kernel is None or mode != self._kernel.mode_name):
+                self._group.dissolve()
             if mode is None:
                 if self._layout is not None:
                     self._hold(self.codes, None)
@@ -202,9 +207,14 @@ class PackedLinear(nn.Module):
             shape = code_rows_and_columns(self.out_features, self.in_features, layout[0])
             words = self.words
             if words is None or layout != self._layout:
-                words = cpu.repack(self.codes, shape, layout)
+                words = (gpu if mode in gpu.MODES else cpu).repack(self.codes, shape, layout)
             if not self.scales.is_contiguous():
                 self.scales = self.scales.contiguous()
+            if mode in gpu.MODES:
+                gpu.prepare_rotation(self.in_features, self.scheme.rotation, self.scales.device)
+                self._hold(None, words)
+                self._layout, self._kernel = layout, gpu.describe(words, self.scales)
+                return self._kernel
             rotation = block_width(self.in_features, self.scheme.rotation)
             kernel = cpu.describe(shape, layout, self.scales, rotation)
             kernel.codes = words.data_ptr()
@@ -214,7 +224,7 @@ class PackedLinear(nn.Module):
             return kernel
 
     def backend_for(self, x: Tensor | None = None) -> str:
-        """Return the backend that multiplies such an input: "reference", "cpu_exact" or "cpu_int8".
+        """Return the backend that multiplies such an input: "reference", "cpu_exact", "cpu_int8" or "gpu".
 
         Raises:
             RuntimeError: a kernel was asked for by name and cannot be used, or not on this input.
@@ -226,15 +236,20 @@ class PackedLinear(nn.Module):
         kernel = self._kernel
         if kernel is not None and kernel.mode_name == backend and (x is None or x.dtype in cpu.DTYPES):
             return backend  # as at the call before: a move of the layer lets its kernel go
-        if self.scales.device.type != "cpu":
+        on_gpu = backend in gpu.MODES or (backend == "auto" and gpu.AUTO and self.scales.is_cuda)
+        if on_gpu and not gpu.takes(self.scales.device):
+            problem = gpu.why_off() or f"the layer is on {self.scales.device}"
+        elif not on_gpu and self.scales.device.type != "cpu":
             problem = f"the layer is on {self.scales.device}"
         elif x is not None and x.dtype not in cpu.DTYPES:
             problem = f"it does not take {x.dtype} activations"
         elif getattr(getattr(self, "_hf_hook", None), "offload", False):
             problem = "accelerate has offloaded the layer, and brings its codes for each call anew"
         if backend == "auto":
-            usable = problem is None and not (self.training or self.keep_dense) and _kernels_on()
-            return "cpu_exact" if usable else "reference"
+            usable = problem is None and not (self.training or self.keep_dense)
+            if on_gpu:
+                return "gpu" if usable else "reference"
+            return "cpu_exact" if usable and _kernels_on() else "reference"
         if problem is not None:
             raise RuntimeError(f"the backend {backend} cannot be used: {problem}")
         return backend
@@ -282,6 +297,8 @@ class PackedLinear(nn.Module):
         return self._multiply(x, backend)
 
     def _multiply(self, x: Tensor, backend: str) -> Tensor:
+        if backend in gpu.MODES:
+            return self._multiply_on_gpu(x, backend)
         if (ahead := self._ahead) is not None:
             self.__dict__["_ahead"] = None  # past nn.Module's search for parameters
             if ahead[0] is x and ahead[1] == x._version and ahead[2] is self._kernel:
@@ -320,6 +337,36 @@ class PackedLinear(nn.Module):
         bias = None if self.bias is None else self.bias.detach()
         return packed_linear(rotated, self.words, self.scales, bias, self.out_features, layout).to(x.dtype)
 
+    def _multiply_on_gpu(self, x: Tensor, backend: str) -> Tensor:
+        compiling = torch.compiler.is_compiling()
+        if (ahead := self._ahead) is not None:
+            self._ahead = None
+            if ahead[0] is x and (compiling or x.is_inference() or ahead[1] == x._version):
+                return ahead[3]
+        if x.shape[-1] != self.in_features:
+            raise RuntimeError(f"the layer has {self.in_features} input features, got an input of {tuple(x.shape)}")
+        layout = layout_of(self.scheme, backend)
+        if compiling and (self._layout != layout or self.words is None):
+            _tell_not_ready()
+            return F.linear(x, self.dense_weight_as(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        if not compiling and (self._kernel is None or self._kernel.scales != self.scales.data_ptr()):
+            self._repacked(backend)
+        group = self._group
+        if group is not None and any(layer._ahead is not None for layer in group.layers):
+            group.dissolve()  # one was not asked about the same input, the time before
+            group = None
+        if group is None or group.layers[0] is not self:
+            bias, words = None if self.bias is None else self.bias.detach(), self.words
+            assert words is not None
+            return packed_linear(x, words, self.scales, bias, self.out_features, layout)
+        sizes = [layer.out_features for layer in group.layers]
+        y = packed_linear(x, group.words, group.scales, group.bias, sum(sizes), group.layout, group.places)
+        outputs = y.split(sizes, dim=-1)
+        version = 0 if compiling or x.is_inference() else x._version
+        for layer, output in zip(group.layers[1:], outputs[1:], strict=True):
+            layer._ahead = (x, version, None, output)
+        return outputs[0]
+
     def _ready(self, backend: str) -> tuple[cpu.Layer, Tensor | None]:
         """Return what the library is given of this layer: its description, and its bias in float32."""
         kernel = self._kernel
@@ -327,6 +374,7 @@ class PackedLinear(nn.Module):
         assert scales is not None
         if kernel is None or kernel.mode_name != backend or kernel.scales != scales.data_ptr():
             kernel = self._repacked(backend)
+        assert isinstance(kernel, cpu.Layer)
         return kernel, None if bias is None else bias.detach().float().contiguous()
 
     def _with_siblings(self, backend: str) -> "list[PackedLinear]":
@@ -337,8 +385,12 @@ class PackedLinear(nn.Module):
             self._siblings = []
         return [self, *(layer for layer in self._siblings if layer.backend == self.backend and not layer.training)]
 
-    def _repacked(self, backend: str) -> "cpu.Layer":
+    def _repacked(self, backend: str) -> "cpu.Layer | gpu.Layer":
         kernel = self._repack(backend)
+        if backend in gpu.MODES:
+            _tell(logging.INFO, f"packed layers: {backend}, Triton kernels on {self.scales.device.type}")
+            assert kernel is not None
+            return kernel
         _tell(logging.INFO, f"packed layers: {backend}, {cpu.instruction_set()}, {torch.get_num_threads()} threads")
         assert kernel is not None
         return kernel
@@ -351,6 +403,8 @@ class PackedLinear(nn.Module):
     def _backend_shown(self) -> str:
         try:
             used = self.backend_for()
+            if used in gpu.MODES:
+                return f"{used} (Triton)"
             if used != "reference":
                 cpu.library()
         except RuntimeError as error:
@@ -376,7 +430,7 @@ class PackedLinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_ahead": None}
+        state = {**self.__dict__, "_ahead": None, "_group": None}
         if self._layout is None:
             return state
         buffers = {name: buffer for name, buffer in self._buffers.items() if name != "words"}
@@ -390,6 +444,40 @@ class PackedLinear(nn.Module):
         }
 
 
+class _Group:
+    """Layers of one input whose words are joined, so that one call multiplies with all of them.
+
+    The words of each layer become a part of the joined ones; scales and biases are copied.
+    """
+
+    def __init__(self, layers: "list[PackedLinear]") -> None:
+        self.layers = layers
+        layout = layers[0]._layout
+        assert layout is not None
+        words = [layer.words for layer in layers]
+        rows = [part.shape[2] for part in words if part is not None]
+        self.words = torch.cat([part for part in words if part is not None], dim=2)
+        self.scales = gpu.group_scales([layer.scales for layer in layers], rows, layout)
+        self.layout = (*layout[:2], 1, *layout[3:])  # a scale for each row
+        sizes = [layer.out_features for layer in layers]
+        self.places = gpu.group_places(sizes, layout[0], self.scales.device)
+        biases = [layer.bias for layer in layers]
+        self.bias: Tensor | None = None
+        if any(bias is not None for bias in biases):
+            zeros = [self.scales.new_zeros(size) for size in sizes]
+            parts = [zero if bias is None else bias.detach().float() for zero, bias in zip(zeros, biases, strict=True)]
+            self.bias = torch.cat(parts)
+        for layer, part in zip(layers, self.words.split(rows, dim=2), strict=True):
+            layer._hold(None, part)
+            layer._kernel = gpu.describe(part, layer.scales)
+            layer._group = self
+
+    def dissolve(self) -> None:
+        """Let each layer multiply alone again; its words stay where they are."""
+        for layer in self.layers:
+            layer._group = layer._ahead = None
+
+
 def _watched(x: Tensor) -> bool:
     """Return whether something looks at ops as they run, so that a call past the dispatcher would be missed."""
     return type(x) not in (Tensor, nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing()
@@ -398,13 +486,13 @@ def _watched(x: Tensor) -> bool:
 def use_backend(model: nn.Module, backend: Backend) -> nn.Module:
     """Choose what multiplies in the packed layers of a model; nothing that is saved depends on it.
 
-    With a CPU kernel the codes are repacked now, else at the first call: do it before torch.compile. And layers that
+    With a kernel the codes are repacked now, else at the first call: do it before torch.compile. And layers that
     see the same input (q, k and v; gate and up) are computed in one call from now on, where there are few tokens: when
     the first is called, the others' outputs wait for the same tensor to come.
 
     Args:
         model: any module.
-        backend: "auto", "reference", "cpu_exact" or "cpu_int8", as the head of :mod:`fairy2i.packed` tells.
+        backend: "auto", "reference", "cpu_exact", "cpu_int8" or "gpu", as the head of :mod:`fairy2i.packed` tells.
 
     Returns:
         The same model.
@@ -412,16 +500,21 @@ def use_backend(model: nn.Module, backend: Backend) -> nn.Module:
     Raises:
         ValueError: the name is unknown.
         fairy2i.ops.cpu.KernelsUnavailable: a CPU kernel is asked for and there is no library.
+        RuntimeError: the GPU's kernels are asked for and cannot be used.
     """
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}. Known backends: {', '.join(BACKENDS)}")
     if backend in cpu.MODES:
         cpu.library()
+    if backend in gpu.MODES and (reason := gpu.why_off()):
+        raise RuntimeError(f"the backend {backend} cannot be used: {reason}")
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.backend = backend
             offloaded = getattr(getattr(module, "_hf_hook", None), "offload", False)
             if backend in cpu.MODES and module.scales.device.type == "cpu" and not offloaded:
+                module._repacked(backend)
+            if backend in gpu.MODES and gpu.takes(module.scales.device) and not offloaded:
                 module._repacked(backend)
     for module in model.modules():
         for names in SIBLINGS:
@@ -429,6 +522,9 @@ def use_backend(model: nn.Module, backend: Backend) -> nn.Module:
             same = [layer for layer in layers if isinstance(layer, PackedLinear)]
             if len(same) > 1 and len({(layer.in_features, layer.scheme) for layer in same}) == 1:
                 same[0]._siblings = same[1:] if backend != "reference" else []
+                if backend in gpu.MODES and same[0].scheme.granularity != "tile":
+                    if len({layer._layout for layer in same} | {None}) == 2 and same[0]._group is None:
+                        _Group(same)
     return model
 
 

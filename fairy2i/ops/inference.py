@@ -1,10 +1,13 @@
-"""The op of packed inference, ``fairy2i::packed_linear``: schema, fake and the CPU implementation.
+"""The op of packed inference, ``fairy2i::packed_linear``: schema, fake and what runs on which device.
 
-    packed_linear(Tensor x, Tensor words, Tensor scales, Tensor? bias, int out_features, int[] layout) -> Tensor
+    packed_linear(
+        Tensor x, Tensor words, Tensor scales, Tensor? bias, int out_features, int[] layout, Tensor? places=None
+    ) -> Tensor
 
-``words`` are the codes in the layout of the kernels (:func:`fairy2i.ops.cpu.repack`), ``layout`` says what they mean:
-kind, stages, granularity, tile, mode. What a scheme is, kernels need not know: see :func:`layout_of`. The op has no
-gradient; :class:`fairy2i.PackedLinear` has, through its reference.
+``words`` are the codes in the layout of the kernels (:func:`fairy2i.ops.cpu.repack`, :func:`fairy2i.ops.gpu.repack`),
+``layout`` says what they mean: kind, stages, granularity, tile, mode, and on a GPU the rotation, which the op does.
+``places`` is for words of several layers (:func:`fairy2i.ops.gpu.group_places`), on a GPU. What a scheme is, kernels
+need not know: see :func:`layout_of`. The op has no gradient; :class:`fairy2i.PackedLinear` has, through its reference.
 """
 
 import torch
@@ -12,9 +15,12 @@ from torch import Tensor
 
 from ..granularity import GRANULARITIES
 from ..schemes import PhaseScheme, RealScheme, Scheme
-from . import cpu
+from . import cpu, gpu
 
-_SCHEMA = "(Tensor x, Tensor words, Tensor scales, Tensor? bias, int out_features, int[] layout) -> Tensor"
+_SCHEMA = (
+    "(Tensor x, Tensor words, Tensor scales, Tensor? bias, int out_features, int[] layout, Tensor? places=None)"
+    " -> Tensor"
+)
 _library = torch.library.Library("fairy2i", "FRAGMENT")
 _library.define(f"packed_linear{_SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -26,10 +32,11 @@ def layout_of(scheme: Scheme, mode: str) -> tuple[int, ...]:
         TypeError: no kernel knows the scheme.
     """
     where = GRANULARITIES.index(scheme.granularity)
+    how = (gpu.MODES[mode], scheme.rotation) if mode in gpu.MODES else (cpu.MODES[mode],)
     if isinstance(scheme, PhaseScheme):
-        return (0, scheme.stages, where, scheme.tile, cpu.MODES[mode])
+        return (0, scheme.stages, where, scheme.tile, *how)
     if isinstance(scheme, RealScheme):  # ternary is two planes of signs
-        return (1, scheme.levels - 1, where, scheme.tile, cpu.MODES[mode])
+        return (1, scheme.levels - 1, where, scheme.tile, *how)
     raise TypeError(f"no kernel knows the scheme {scheme!r}")
 
 
@@ -40,14 +47,28 @@ def code_rows_and_columns(out_features: int, in_features: int, kind: int) -> tup
 
 @torch.library.register_fake("fairy2i::packed_linear", lib=_library)
 def _fake(
-    x: Tensor, words: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, layout: list[int]
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    layout: list[int],
+    places: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 def _packed_linear(
-    x: Tensor, words: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, layout: list[int]
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    layout: list[int],
+    places: Tensor | None = None,
 ) -> Tensor:
+    if layout[4] in gpu.MODES.values():  # Triton's interpreter
+        return gpu.linear(x, words, scales, bias, out_features, layout, places)
     if x.dtype not in cpu.DTYPES:
         raise TypeError(f"packed_linear takes float32, bfloat16 or float16 activations, got {x.dtype}")
     if scales.dtype != torch.float32 or words.dtype != torch.int32:
@@ -62,14 +83,21 @@ def _packed_linear(
 
 
 _library.impl("packed_linear", _packed_linear, "CPU")
+_library.impl("packed_linear", gpu.linear, "CUDA")
 
 
 def packed_linear(
-    x: Tensor, words: Tensor, scales: Tensor, bias: Tensor | None, out_features: int, layout: "tuple[int, ...]"
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    layout: "tuple[int, ...]",
+    places: Tensor | None = None,
 ) -> Tensor:
     """Multiply (..., in_features) activations with repacked codes: (..., out_features) in the dtype of ``x``.
 
     Raises:
         TypeError, ValueError: dtypes or sizes that do not belong together.
     """
-    return torch.ops.fairy2i.packed_linear(x, words, scales, bias, out_features, layout)
+    return torch.ops.fairy2i.packed_linear(x, words, scales, bias, out_features, layout, places)

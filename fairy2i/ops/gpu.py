@@ -1,0 +1,262 @@
+"""Packed layers on a GPU: the layout of their codes, what is used for how many tokens, and whether there are kernels.
+
+Triton is imported at the first use of a kernel. *Words* are int16 (chunks, passes, n, G, BK): bit k of word
+(c, s, i, g, b) is the sign g of row i and column (16 c + k) BK + b of the codes, 1 for plus (ops/triton/packed.py). A
+pass has the signs of 1, 2 or 4 phase stages, (p, q) of U, then of W, of each; a real layer has one pass, of 1 sign
+(binary) or 2 (ternary). Columns are padded to whole chunks; the bits of the padding are 0 and nothing reads them.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from ..packing import pack_codes, unpack_codes
+from ..rotation import block_width, rotate
+
+MODES = {"gpu": 2}  # after those of ops.cpu
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of activations
+WIDTHS = (32, 16)  # BK, the preferred one first
+AUTO = False  # whether "auto" takes these kernels on a GPU: not before they are measured there
+
+
+@dataclasses.dataclass
+class Thresholds:
+    """The most tokens that a kernel is used for; `benchmarks/bench_inference.py --tune` measures them."""
+
+    planes: int = 16
+    blocks: int = 128
+
+
+THRESHOLDS = Thresholds()
+
+
+@dataclasses.dataclass
+class Layer:
+    """What a call needs of a layer."""
+
+    mode_name: str
+    memory: tuple[Tensor, Tensor]  # words and scales
+    scales: int  # where they lie
+
+
+def interpreted() -> bool:
+    """Return whether Triton's interpreter runs the kernels, on the processor."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_off() -> str | None:
+    """Return None where the kernels can be used, or why they cannot."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "there is no GPU that PyTorch can use"
+    if torch.version.cuda is None or torch.cuda.get_device_capability() < (8, 0):
+        return "they need an NVIDIA GPU of compute capability 8.0 or more"
+    return None
+
+
+def takes(device: torch.device) -> bool:
+    """Return whether the kernels run on tensors of a device."""
+    return device.type == ("cpu" if interpreted() else "cuda")
+
+
+def pieces(dtype: torch.dtype) -> int:
+    """Return how many bf16 numbers add up to one of a dtype."""
+    return {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[dtype]
+
+
+# Codes
+
+
+def signs_and_passes(kind: int, stages: int) -> tuple[int, int]:
+    """Return G and the passes of a layer."""
+    if kind == 1:
+        return stages, 1
+    together = stages if stages in (1, 2, 4) else 1
+    return 4 * together, stages // together
+
+
+def words_shape(rows: int, cols: int, kind: int, stages: int) -> tuple[int, ...]:
+    """Return the shape of the words of codes with so many rows and columns."""
+    signs, passes = signs_and_passes(kind, stages)
+    chunks = {width: -(-cols // (16 * width)) for width in WIDTHS}
+    # the preferred width, unless it pads by a twentieth more than another
+    width = next(w for w in WIDTHS if all(chunks[w] * w <= 1.05 * chunks[v] * v for v in WIDTHS))
+    return (chunks[width], passes, rows, signs, width)
+
+
+def _pack_signs(signs: Tensor, chunks: int, width: int) -> Tensor:
+    """Pack booleans (rows, cols): int16 (chunks, rows, width)."""
+    rows, cols = signs.shape
+    padded = torch.nn.functional.pad(signs, (0, chunks * 16 * width - cols)).view(rows, chunks, 16, width)
+    word = torch.zeros(rows, chunks, width, dtype=torch.int32, device=signs.device)
+    for k in range(16):
+        word |= padded[:, :, k].int() << k
+    return word.to(torch.int16).transpose(0, 1)
+
+
+def _unpack_signs(words: Tensor, cols: int) -> Tensor:
+    """Unpack int16 (chunks, rows, width): bool (rows, cols)."""
+    bits = torch.stack([(words >> k) & 1 for k in range(16)], dim=2)  # (chunks, rows, 16, width)
+    return bits.movedim(0, 1).flatten(1)[:, :cols] != 0
+
+
+def repack(codes: Tensor, shape: tuple[int, int], layout: tuple[int, ...]) -> Tensor:
+    """Return the codes of a checkpoint, as packed there, as words.
+
+    Args:
+        codes: uint8, on any device.
+        shape: rows and columns of the codes.
+        layout: kind, stages or planes, and more.
+    """
+    kind, stages = layout[:2]
+    words = torch.empty(words_shape(*shape, kind, stages), dtype=torch.int16, device=codes.device)
+    chunks, _, _, signs, width = words.shape
+    if kind == 1:
+        found = unpack_codes(codes, shape[1], 1 if stages == 1 else 2)
+        for g in range(stages):
+            words[:, 0, :, g] = _pack_signs(found > g, chunks, width)
+        return words
+    for t in range(stages):
+        for part in range(2):
+            found = unpack_codes(codes[t, part], shape[1], 2)
+            place, g = 4 * t // signs, 4 * t % signs + 2 * part
+            p = (found & 1) != 0
+            words[:, place, :, g] = _pack_signs(p, chunks, width)
+            words[:, place, :, g + 1] = _pack_signs(p ^ (found > 1), chunks, width)
+    return words
+
+
+def unpack(words: Tensor, codes_shape: tuple[int, ...], shape: tuple[int, int], layout: tuple[int, ...]) -> Tensor:
+    """Return the codes of a checkpoint from words: the inverse of :func:`repack`."""
+    kind, stages = layout[:2]
+    signs = words.shape[3]
+    if kind == 1:
+        found = sum(_unpack_signs(words[:, 0, :, g], shape[1]).to(torch.uint8) for g in range(stages))
+        assert isinstance(found, Tensor)
+        return pack_codes(found, 1 if stages == 1 else 2)
+    codes = torch.empty(codes_shape, dtype=torch.uint8, device=words.device)
+    for t in range(stages):
+        for part in range(2):
+            place, g = 4 * t // signs, 4 * t % signs + 2 * part
+            p = _unpack_signs(words[:, place, :, g], shape[1])
+            q = _unpack_signs(words[:, place, :, g + 1], shape[1])
+            codes[t, part] = pack_codes(p.to(torch.uint8) + 2 * (p != q).to(torch.uint8), 2)
+    return codes
+
+
+def describe(words: Tensor, scales: Tensor) -> Layer:
+    """Return what a call needs of a layer."""
+    return Layer("gpu", (words, scales), scales.data_ptr())
+
+
+# Rotation: a product with a Hadamard matrix, whose entries are exact in every dtype
+
+
+@functools.cache
+def _hadamard(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return rotate(torch.eye(width), width).to(dtype).to(device)
+
+
+def prepare_rotation(features: int, rotation: int, device: torch.device) -> None:
+    """Make the matrices of a layer's rotation: before a CUDA graph is captured, whose memory is not for keeping."""
+    for dtype in DTYPES if rotation else ():
+        _hadamard(block_width(features, rotation), dtype, device)
+
+
+def rotated(x: Tensor, rotation: int) -> Tensor:
+    """Rotate (..., features), summing in float32 and rounding once."""
+    width = block_width(x.shape[-1], rotation)
+    return x if width == 1 else (x.unflatten(-1, (-1, width)) @ _hadamard(width, x.dtype, x.device)).flatten(-2)
+
+
+# Multiplying
+
+
+def way_for(tokens: int, layout: "tuple[int, ...] | list[int]") -> str:
+    """Return which kernel multiplies so many tokens: "planes", "blocks" or "dense"."""
+    if tokens <= THRESHOLDS.planes and layout[2] != 2:
+        return "planes"
+    return "blocks" if tokens <= THRESHOLDS.blocks else "dense"
+
+
+def linear(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    layout: "tuple[int, ...] | list[int]",
+    places: Tensor | None = None,
+    way: str | None = None,
+) -> Tensor:
+    """Multiply (..., in_features) activations with words: (..., out_features) in the dtype of ``x``.
+
+    Args:
+        scales: contiguous float32.
+        layout: kind, stages or planes, granularity, tile, mode, rotation.
+        places: int32 (halves, n), which output each row of the codes makes, where the words are of several layers.
+        way: "planes", "blocks" or "dense", in place of what :func:`way_for` says.
+
+    Raises:
+        TypeError, ValueError: dtypes or sizes that do not belong together.
+    """
+    kind, stages, _, _, _, rotation = layout
+    halves = 2 if kind == 0 else 1
+    rows, cols = out_features // halves, x.shape[-1] // halves
+    if x.dtype not in DTYPES:
+        raise TypeError(f"packed_linear takes float32, bfloat16 or float16 activations, got {x.dtype}")
+    if words.dtype != torch.int16 or scales.dtype != torch.float32:
+        raise TypeError(f"packed_linear needs int16 words and float32 scales, got {words.dtype} and {scales.dtype}")
+    if tuple(words.shape) != (need := words_shape(rows, cols, kind, stages)):
+        raise ValueError(f"a {out_features}x{x.shape[-1]} layer needs words of {need}, got {tuple(words.shape)}")
+    from .triton import multiply
+
+    flat = x.reshape(-1, x.shape[-1])
+    if rotation:
+        flat = rotated(flat, rotation)
+    if flat.stride(-1) != 1:
+        flat = flat.contiguous()
+    tokens = flat.shape[0]
+    y = x.new_empty(tokens, out_features)
+    if tokens:
+        way = way or way_for(tokens, layout)
+        if way == "dense":
+            weight = multiply.dense_weight(
+                words, scales.contiguous(), x.dtype, out_features, x.shape[-1], layout, places
+            )
+            y = torch.nn.functional.linear(flat, weight, None if bias is None else bias.to(x.dtype))
+        else:
+            run = multiply.planes if way == "planes" else multiply.blocks
+            run(flat, words, scales.contiguous(), bias, y, layout, places)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def group_places(sizes: list[int], kind: int, device: torch.device) -> Tensor:
+    """Return int32 (halves, n): where the outputs lie, one layer after the other, that rows of joined codes make."""
+    halves = 2 if kind == 0 else 1
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    places = [
+        torch.arange(start, start + size, dtype=torch.int32).view(halves, -1)
+        for start, size in zip(starts, sizes, strict=True)
+    ]
+    return torch.cat(places, dim=1).to(device)
+
+
+def group_scales(scales: list[Tensor], rows: list[int], layout: tuple[int, ...]) -> Tensor:
+    """Return scales for each row of joined codes, from those of tensors or rows."""
+    if layout[2] == 0:
+        scales = [s[..., None].expand(*s.shape, count) for s, count in zip(scales, rows, strict=True)]
+    return torch.cat(scales, dim=-1).contiguous()
+
+
+def words_bytes(rows: int, cols: int, kind: int, stages: int) -> int:
+    """Return the bytes of the words of a layer, padding included."""
+    return 2 * math.prod(words_shape(rows, cols, kind, stages))
