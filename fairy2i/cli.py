@@ -30,7 +30,7 @@ from .loading import (
     parse_method,
     read_documents,
 )
-from .ops import cpu
+from .ops import cpu, gpu
 from .packed import BACKENDS as PACKED_BACKENDS
 from .packed import DEFAULT as PACKED_DEFAULT
 from .packed import keep_dense_weights, use_backend
@@ -66,6 +66,7 @@ SAVES_MEMORY = {  # by command: what to try on a GPU whose memory is full
 BACKENDS: dict[str, Callable[[], str | None]] = {  # what multiplies: None if it is on, or why it is off
     "reference (pure PyTorch)": lambda: None,
     "CPU kernels (cpu_exact, cpu_int8)": cpu.why_off,
+    "GPU kernels (gpu)": gpu.why_off,
 }
 
 
@@ -199,7 +200,13 @@ def build_parser() -> argparse.ArgumentParser:
         default="auto",
         choices=PACKED_BACKENDS,
         help="what multiplies packed weights (default: cpu_exact on the CPU, else the reference); cpu_int8 rounds "
-        "activations to 8 bits and is the fastest on the CPU",
+        "activations to 8 bits and is the fastest on the CPU; gpu is for NVIDIA GPUs",
+    )
+    generate.add_argument(
+        "--fast",
+        action="store_true",
+        help="on a GPU: packed weights through the GPU's kernels, a cache of fixed size, and a compiled model replayed "
+        "as a CUDA graph. The first tokens take a minute or so; for long texts",
     )
     generate.add_argument(
         "--keep_dense",
@@ -361,8 +368,17 @@ def run_generate(args: argparse.Namespace) -> None:
     backend = args.backend
     if backend == "auto" and torch.device(args.device).type == "cpu" and PACKED_DEFAULT == "auto" and not cpu.why_off():
         backend = "cpu_exact"
+    fast: dict[str, Any] = {}
+    if args.fast:
+        if torch.device(args.device).type != "cuda":
+            raise ValueError("--fast is for a GPU; leave it out, or give --device cuda")
+        backend = "gpu" if backend == "auto" else backend
+        # generate() compiles what decodes, with CUDA graphs, where the cache is static
+        fast = {"cache_implementation": "static"}
+    if backend in gpu.MODES and (reason := gpu.why_off()):
+        raise ValueError(f"--backend {backend} cannot be used: {reason}")
     use_backend(model, backend)
-    keep_dense_weights(model, args.keep_dense and backend not in cpu.MODES)
+    keep_dense_weights(model, args.keep_dense and backend not in {**cpu.MODES, **gpu.MODES})
     set_seed(args.seed)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not args.chat:
@@ -379,7 +395,7 @@ def run_generate(args: argparse.Namespace) -> None:
         sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
     streamer = TextStreamer(tokenizer, skip_prompt=args.chat, skip_special_tokens=True)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    settings = {"max_new_tokens": args.max_new_tokens, "pad_token_id": pad, **sampling}
+    settings = {"max_new_tokens": args.max_new_tokens, "pad_token_id": pad, **sampling, **fast}
     model.generate(**inputs.to(args.device), streamer=streamer, **settings)
 
 

@@ -1,0 +1,263 @@
+"""The GPU's kernels for packed layers: every scheme and way against PyTorch, and what surrounds them.
+
+On the processor Triton's interpreter runs them (tests/conftest.py turns it on), on small shapes, and the compiler makes
+machine code of them; tests marked gpu run them for what they are.
+"""
+
+import copy
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fairy2i import METHODS, PackedLinear, PhaseScheme, RealScheme
+from fairy2i.cli import main
+from fairy2i.ops import gpu
+from fairy2i.ops.inference import code_rows_and_columns, layout_of
+from fairy2i.packed import use_backend
+from fairy2i.packing import pack_codes
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+
+HERE = pytest.param(
+    "cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+)
+GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+on_both = pytest.mark.parametrize("device", [HERE, GPU])
+on_gpu = pytest.mark.parametrize("device", [GPU])
+
+SCHEMES = [
+    *METHODS.values(),
+    PhaseScheme(stages=4, granularity="row", scales="learned"),
+    PhaseScheme(stages=5, granularity="row", scales="learned"),
+    PhaseScheme(stages=3, granularity="tile", tile=5),
+    PhaseScheme(stages=2, granularity="tile", tile=64),
+    *(RealScheme(levels=levels, granularity="row") for levels in (2, 3)),
+    *(RealScheme(levels=levels, granularity="tile", tile=7) for levels in (2, 3)),
+]
+SHAPES = [(2, 2), (22, 34), (6, 518)]
+BIG = [(2, 8192), (576, 1536), (1002, 334), (4096, 4096), (11008, 4096)]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+WAYS = ["planes", "blocks", "dense"]
+
+
+def random_layer(scheme, out_features, in_features, device="cpu", bias=True):
+    """A layer of random codes and scales, none of which a quantizer need ever make."""
+    layer = PackedLinear(in_features, out_features, bias, scheme=scheme, device=device).eval()
+    codes = torch.randint(0, 4 if scheme.code_width == 2 else 2, scheme.code_shape(out_features, in_features))
+    if isinstance(scheme, RealScheme):
+        codes %= scheme.levels
+    layer.codes.copy_(pack_codes(codes.to(torch.uint8), scheme.code_width))
+    layer.scales.uniform_(0.1, 1.0)
+    if bias:
+        layer.bias.data.normal_()
+    return layer
+
+
+def words_and_layout(layer):
+    layout = layout_of(layer.scheme, "gpu")
+    shape = code_rows_and_columns(layer.out_features, layer.in_features, layout[0])
+    return gpu.repack(layer.codes, shape, layout), layout
+
+
+def check(layer, x, way):
+    """The error is at most twice that of the plain path in the same dtype, plus a unit of the result's own rounding."""
+    words, layout = words_and_layout(layer)
+    weight = layer.dense_weight()
+    exact = F.linear(x.double(), weight.double(), layer.bias.double())
+    plain = F.linear(x, weight.to(x.dtype), layer.bias.to(x.dtype)).double() - exact
+    y = gpu.linear(x, words, layer.scales, layer.bias, layer.out_features, layout, way=way)
+    assert y.dtype == x.dtype and y.shape == exact.shape
+    error = y.double() - exact
+    floor = torch.finfo(x.dtype).eps / 2 * exact.norm()
+    assert error.norm() <= 2 * plain.norm() + floor
+    assert error.abs().max() <= 2 * plain.abs().max() + torch.finfo(x.dtype).eps * exact.abs().max()
+    return y
+
+
+@on_both
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_codes_come_back_from_words(device, scheme):
+    for out_features, in_features in SHAPES:
+        layer = random_layer(scheme, out_features, in_features, device)
+        words, layout = words_and_layout(layer)
+        shape = code_rows_and_columns(out_features, in_features, layout[0])
+        assert torch.equal(gpu.unpack(words, layer.codes.shape, shape, layout), layer.codes)
+
+
+@on_both
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_every_way_is_as_exact_as_pytorch(device, scheme, way):
+    if way == "planes" and scheme.granularity == "tile":
+        pytest.skip("planes apply scales to sums over whole rows")
+    big = [*SHAPES, *BIG] if device == "cuda" else SHAPES[1:2]
+    for out_features, in_features in big:
+        layer = random_layer(scheme, out_features, in_features, device)
+        for dtype in DTYPES:
+            for tokens in (1, 3, 17, 64, 100) if device == "cuda" else (3,):
+                x = torch.randn(tokens, in_features, device=device).to(dtype)
+                y = check(layer, x, way)
+                if device == "cuda":
+                    assert torch.equal(y, check(layer, x, way)), "the same bits in each run"
+
+
+@on_both
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_and_one_sided_activations(device, dtype):
+    """Sums of +-activations must not drown in the sum of all of them."""
+    layer = random_layer(METHODS["complex_phase_v2"], 6, 1100, device)
+    for x in (torch.ones(2, 1100), torch.rand(2, 1100) + 3, torch.randn(2, 1100) * torch.randn(1100).mul(3).exp()):
+        check(layer, x.to(device, dtype), "planes")
+
+
+@on_both
+@pytest.mark.parametrize("tokens, split", [(1, 3), (5, 2), (40, 1)])
+def test_tokens_and_splits(device, tokens, split, monkeypatch):
+    from fairy2i.ops.triton import multiply
+
+    layer = random_layer(PhaseScheme(granularity="row", scales="learned"), 22, 1200, device)
+    for signs in (32, 128):
+        config = multiply.Config(signs=signs, split=split)
+        monkeypatch.setattr(multiply, "planes_config", lambda *_, config=config: config)
+        check(layer, torch.randn(tokens, 1200, device=device).bfloat16(), "planes")
+    config = multiply.Config(signs=32, warps=4, split=split)
+    monkeypatch.setattr(multiply, "blocks_config", lambda *_, config=config: config)
+    check(layer, torch.randn(tokens, 1200, device=device).bfloat16(), "blocks")
+
+
+@on_both
+@pytest.mark.parametrize(
+    "scheme", [METHODS["complex_phase_v2"], METHODS["fairy2i_w3"], METHODS["bitnet_1_58"]], ids=str
+)
+def test_layers_of_one_input_are_one_call_and_nothing_saved_changes(device, scheme, monkeypatch):
+    model = nn.Module()
+    for name, size, bias in (("q_proj", 36, True), ("k_proj", 10, False), ("v_proj", 12, True)):
+        model.add_module(name, random_layer(scheme, size, 48, device, bias))
+    layers = [model.q_proj, model.k_proj, model.v_proj]
+    model.forward = lambda x: [layer(x) for layer in layers]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    x = torch.randn(2, 3, 48, device=device)
+    expected = model(x)
+    calls = []
+    use_backend(model, "gpu")
+    linear = gpu.linear
+    monkeypatch.setattr("fairy2i.packed.packed_linear", lambda *args: calls.append(1) or linear(*args))
+    for y, ref in zip(model(x), expected, strict=True):
+        torch.testing.assert_close(y, ref, rtol=1e-5, atol=1e-4)
+    assert len(calls) == 1
+    layers[0](x)
+    torch.testing.assert_close(layers[0](x), expected[0], rtol=1e-5, atol=1e-4)  # the others were not asked
+    assert len(calls) == 3 and layers[0]._group is None
+    for y, ref in zip(copy.deepcopy(model.k_proj)(x), expected[1], strict=True):
+        torch.testing.assert_close(y, ref, rtol=1e-5, atol=1e-4)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    model.to(torch.float64)
+    assert all(torch.equal(value.to(before[key]), before[key]) for key, value in model.state_dict().items())
+    assert "backend=gpu (Triton)" in repr(layers[0])
+
+
+@on_both
+def test_one_graph_with_joined_layers(device):
+    scheme = METHODS["fairy2i_w2"]
+    model = nn.ModuleDict({name: random_layer(scheme, 20, 64, device) for name in ("gate_proj", "up_proj")})
+    model.forward = lambda x: model["gate_proj"](x) * model["up_proj"](x)
+    use_backend(model, "gpu")
+    x = torch.randn(1, 64, device=device)
+    with torch.no_grad():
+        expected = model(x)
+        compiled = torch.compile(model, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+        torch.testing.assert_close(compiled(x), expected)
+        torch.testing.assert_close(compiled(x), expected)
+
+
+@on_gpu
+@pytest.mark.parametrize("scheme", [METHODS["complex_phase_v2"], METHODS["fairy2i_w2"]], ids=str)
+def test_replayed_as_a_cuda_graph(device, scheme):
+    layer = use_backend(random_layer(scheme, 512, 1024, device), "gpu")
+    x = torch.randn(1, 1024, device=device).bfloat16()
+    layer(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        y = layer(x)
+    x.normal_()
+    graph.replay()
+    assert torch.equal(y, layer(x))
+
+
+@on_both
+@pytest.mark.parametrize("scheme", [METHODS["complex_phase_v3"], METHODS["bitnet"]], ids=str)
+def test_opcheck(device, scheme):
+    layer = random_layer(scheme, 6, 10, device)
+    words, layout = words_and_layout(layer)
+    x = torch.randn(2, 10, device=device)
+    torch.library.opcheck(
+        torch.ops.fairy2i.packed_linear, (x, words, layer.scales, layer.bias.detach(), 6, layout, None)
+    )
+
+
+@on_both
+def test_no_tokens_and_wrong_sizes(device):
+    layer = random_layer(METHODS["complex_phase_v2"], 6, 10, device)
+    words, layout = words_and_layout(layer)
+    assert gpu.linear(torch.zeros(0, 10, device=device), words, layer.scales, None, 6, layout).shape == (0, 6)
+    with pytest.raises(ValueError, match="needs words of"):
+        gpu.linear(torch.zeros(1, 10, device=device), words[:, :, :2], layer.scales, None, 6, layout)
+    with pytest.raises(TypeError, match="float64"):
+        gpu.linear(torch.zeros(1, 10, device=device).double(), words, layer.scales, None, 6, layout)
+    with pytest.raises(RuntimeError, match="10 input features"):
+        use_backend(layer, "gpu")(torch.zeros(1, 8, device=device))
+
+
+def test_asked_for_where_it_cannot_be_used(monkeypatch):
+    layer = random_layer(METHODS["complex_phase_v2"], 6, 10)
+    monkeypatch.setattr(gpu, "interpreted", lambda: False)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="no GPU"):
+            use_backend(layer, "gpu")
+    layer.backend = "gpu"
+    with pytest.raises(RuntimeError, match="cannot be used"):
+        layer(torch.zeros(1, 10))
+    assert "backend=off (the backend gpu cannot be used" in repr(layer)
+
+
+def test_the_doctor_knows_the_backend(capsys):
+    assert main(["doctor"]) == 0
+    assert "Backend  GPU kernels (gpu): on" in capsys.readouterr().out
+
+
+MACHINE_CODE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from fairy2i.ops.triton import packed
+
+def build(kernel, **known):
+    types = {"x": "*bf16", "y": "*bf16", "dense": "*bf16", "words": "*i16", "scales": "*fp32"}
+    names = kernel.arg_names
+    known |= {name: None for name in ("bias", "places") if name in names}
+    signature = {name: "constexpr" if name in known else types.get(name, "i32") for name in names}
+    even = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in known and name != "chunks"}
+    source = ASTSource(kernel, signature, known, even)
+    return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm
+
+codes = dict(KIND=0, STAGES=2, PASSES=1, G=8, BK=32, PLACES=False)
+planes = build(packed.multiply_planes, **codes, ROWS=True, PIECES=1, MAGIC=True, SPLIT=1, BR=16, NC=8, EVEN=True,
+               DEPTH=3, EXACT=False)["ptx"]
+assert "lop3.b32" in planes and "mma.sync" in planes and "cp.async" in planes
+build(packed.write_dense, **codes, GROUPS=1, BR=32)
+for groups in (0, 2):
+    build(packed.multiply_blocks, **codes, GROUPS=groups, SPLIT=1, BR=64, BM=16, EXACT=False)
+"""
+
+
+def test_the_compiler_takes_the_kernels(tmp_path):
+    """What the interpreter lets pass, the compiler may not."""
+    env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", MACHINE_CODE], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
