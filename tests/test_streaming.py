@@ -498,10 +498,10 @@ print(json.dumps([packed - before, peak() - before]))
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads peak memory from /proc")
 def test_memory_stays_far_below_the_size_of_the_model(tmp_path):
-    sizes = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 4096, "num_hidden_layers": 26}
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 4096, "num_hidden_layers": 36}
     large = save(tmp_path / "large", dtype=torch.bfloat16, **sizes)
     size = (large / "model.safetensors").stat().st_size
-    assert size > 200e6
+    assert size > 280e6
     process = run(MEASURE, save(tmp_path / "small"), large, tmp_path / "out")
     packing, loading = json.loads(process.communicate(timeout=300)[0])
     assert loading > size
