@@ -305,16 +305,18 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
     """Compare all ways with PyTorch on weird shapes: at most twice the error of the plain path in the same dtype."""
     schemes: list[Scheme] = [*KINDS.values(), PhaseScheme(stages=2, granularity="tile", tile=40)]
     schemes += [PhaseScheme(rotation=64), *(RealScheme(levels=levels) for levels in (2, 3))]
-    big = [(2, 2), (130, 258), (1002, 334), (4096, 1100), (34, 16386)] if args.device == "cuda" else [(6, 34)]
+    big = [(130, 258), (1002, 334), (34, 16386)] if args.device == "cuda" else [(6, 34)]
     bad, count = [], 0
     for scheme, (rows, columns), dtype in itertools.product(
         schemes, big, (torch.bfloat16, torch.float16, torch.float32)
     ):
+        if dtype != torch.bfloat16 and scheme != KINDS["W2"]:
+            continue  # the tests have all of them; compiling takes seconds a kernel
         layer = random_layer(scheme, rows, columns, args.device)
         layout = layout_of(scheme, "gpu")
         words = gpu.repack(layer.codes, code_rows_and_columns(rows, columns, layout[0]), layout)
         weight = layer.dense_weight()
-        for tokens in (1, 3, 16, 50, 200) if args.device == "cuda" else (3,):
+        for tokens in (1, 16, 70) if args.device == "cuda" else (3,):
             x = torch.randn(tokens, columns, device=args.device).to(dtype)
             exact = F.linear(x.double(), weight.double())
             plain = (F.linear(x, weight.to(dtype)).double() - exact).norm()

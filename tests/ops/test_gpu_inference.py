@@ -96,11 +96,15 @@ def test_codes_come_back_from_words(device, scheme):
 def test_every_way_is_as_exact_as_pytorch(device, scheme, way):
     if way == "planes" and scheme.granularity == "tile":
         pytest.skip("planes apply scales to sums over whole rows")
-    big = [*SHAPES, *BIG] if device == "cuda" else SHAPES[1:2]
-    for out_features, in_features in big:
+    shapes = SHAPES[1:2]
+    if device == "cuda":  # most of the time goes into compiling
+        shapes = (
+            [*SHAPES, *BIG] if scheme in (METHODS["complex_phase_v2"], METHODS["fairy2i_w2"]) else [*SHAPES, BIG[2]]
+        )
+    for out_features, in_features in shapes:
         layer = random_layer(scheme, out_features, in_features, device)
         for dtype in DTYPES:
-            for tokens in (1, 3, 17, 64, 100) if device == "cuda" else (3,):
+            for tokens in (1, 3, 70) if device == "cuda" else (3,):
                 x = torch.randn(tokens, in_features, device=device).to(dtype)
                 y = check(layer, x, way)
                 if device == "cuda":
