@@ -10,6 +10,7 @@ from torch import nn
 
 from fairy2i import METHODS, PackedLinear, PhaseScheme, QATLinear, convert_to_inference_mode, replace_modules_for_qat
 from fairy2i.convert import DEQUANTIZED_KEY
+from fairy2i.schemes import resolve_method
 
 V2 = "complex_phase_v2"
 LEARNED = PhaseScheme(granularity="row", scales="learned")
@@ -85,7 +86,7 @@ def test_parameters_are_shared_and_state_dict_keys_kept(method):
     after = dict(model.named_parameters())
     assert all(after[name] is parameter for name, parameter in parameters.items())
     extra = [name for name in model.state_dict() if name not in keys]
-    assert extra == ([f"{name}.scales" for name in quantized_names(model)] if method is LEARNED else [])
+    assert extra == ([f"{name}.scales" for name in quantized_names(model)] if resolve_method(method).learned else [])
 
 
 def test_the_forward_uses_the_quantized_weight():
