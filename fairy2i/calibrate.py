@@ -55,6 +55,12 @@ class CalibratedLayer:
     after: float
 
 
+def _damped(gram: Tensor, damping: float) -> Tensor:
+    """Add a share of the mean of its diagonal to the diagonal of a Gram matrix."""
+    mean = gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
+    return gram + damping * mean * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+
+
 def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     """Return the upper Cholesky factor of the inverse of a Gram matrix.
 
@@ -65,10 +71,8 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     Raises:
         ValueError: no damping helps.
     """
-    mean = gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
-    eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
     for _ in range(8):
-        factor, failed = torch.linalg.cholesky_ex(gram + damping * mean * eye)
+        factor, failed = torch.linalg.cholesky_ex(_damped(gram, damping))
         if not failed:
             inverse = torch.cholesky_inverse(factor)
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
@@ -236,8 +240,8 @@ def calibrate_layer(
         codes, moved = round_with_feedback(weight, gram, scales, scheme, damping=damping)
         error = output_error(weight, scheme.dequantize(codes, scales), gram)
         if error < best:
-            best, master, best_scales = error, moved, scales
-            layer.group_scales.copy_(best_scales)  # type: ignore[union-attr]
+            best, master = error, moved
+            layer.group_scales.copy_(scales)  # type: ignore[union-attr]
         refitted = refit_row_scales(weight, gram, codes, scales)
         dense = scheme.dequantize(codes, refitted)
         same = (scheme.quantize(dense, refitted)[0] == codes).all(dim=-1).all(dim=0).all(dim=0)  # (n,): rows that stay
@@ -386,9 +390,7 @@ def follow_drift(weight: Tensor, gram: Tensor, drift: Tensor, damping: float) ->
 
     The least-squares solution w + w D (H + d I)^-1 with D = sum (o - x) x^T and H = sum x x^T.
     """
-    mean = gram.diagonal().mean().clamp(min=torch.finfo(gram.dtype).tiny)
-    eye = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    return weight + torch.linalg.solve(gram + damping * mean * eye, (weight @ drift).T).T
+    return weight + torch.linalg.solve(_damped(gram, damping), (weight @ drift).T).T
 
 
 @torch.no_grad()
