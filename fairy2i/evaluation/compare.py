@@ -7,6 +7,7 @@ the key: they do not change a result beyond rounding.
 """
 
 import argparse
+import fnmatch
 import hashlib
 import json
 import logging
@@ -37,6 +38,7 @@ DESCRIPTION = """Compare models or methods in one table, against the first one o
   fairy2i eval compare --models MODEL --quant_method none complex_phase_v1 complex_phase_v2 --output_folder out
   fairy2i eval compare --models base=FOLDER/model.gguf v2=outputs/v2 --data text.jsonl --protocol gptq fairy2i \\
       --tasks arc_easy piqa --data_folder eval_data --plot out/quality.png --output_folder out
+  fairy2i eval compare --measured MODEL v2 w2 --columns "wikitext2*" arc_easy --output_folder out    # no model is read
 
 What --output_folder has already is not measured again. MB: the weights as a packed checkpoint, all that is not
 quantized in 16 bits. In brackets: perplexity as a multiple of the baseline's, the average as a difference."""
@@ -67,9 +69,15 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="fairy2i eval compare", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--models", nargs="+", required=True, help="folders, Hub ids or FOLDER/FILE.gguf, each also as LABEL=MODEL"
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--models", nargs="+", help="folders, Hub ids or FOLDER/FILE.gguf, each also as LABEL=MODEL")
+    which.add_argument(
+        "--measured",
+        nargs="+",
+        metavar="LABEL",
+        help="table and picture of what --output_folder has under these labels, without the models",
     )
+    parser.add_argument("--columns", nargs="+", metavar="PATTERN", help="with --measured: only columns like these")
     parser.add_argument("--quant_method", nargs="+", default=["none"], help="methods for each model, 'none': as it is")
     parser.add_argument("--baseline", help="label of the row to compare with (default: the first)")
     parser.add_argument("--output_folder", required=True, help="measurements, table.md and results.json go here")
@@ -184,41 +192,98 @@ def measure_model(
     return row
 
 
+OF_THE_MODEL = ("model_sha256", "method", "skip_lm_head")  # parts of a key in which the rows of a column differ
+
+
+def read_rows(folder: str, labels: Sequence[str], patterns: Sequence[str] | None) -> list[Row]:
+    """Return rows of what an output folder has, without the models.
+
+    Args:
+        folder: the output folder.
+        labels: of the rows, in their order.
+        patterns: shell patterns of columns and tasks to read, perplexities in this order, or None for all.
+
+    Raises:
+        FileNotFoundError: nothing there has such a label.
+        ValueError: measurements that do not belong in one column, or two for one cell.
+    """
+    rows = {label: Row(label) for label in labels}
+    origin: dict[tuple[str, str], Path] = {}
+    settings_of: dict[str, tuple[dict[str, Any], Path]] = {}
+    known, wanted = set(), patterns or ["*"]
+
+    def place(column: str) -> int:
+        return next((i for i, pattern in enumerate(wanted) if fnmatch.fnmatch(column, pattern)), len(wanted))
+
+    for path in sorted((Path(folder) / "measurements").glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        key, found = content["key"], content["result"]
+        known.add(found["label"])
+        column = found.get("task") or f"{os.path.basename(found['data'])} {found['protocol']}@{found['window']}"
+        row = rows.get(found["label"])
+        if row is None or place(column) == len(wanted):
+            continue
+        if first := origin.get((row.label, column)):
+            raise ValueError(f"{row.label} has two measurements of {column}: {first} and {path}; delete one")
+        origin[row.label, column] = path
+        how = {name: value for name, value in key.items() if name not in OF_THE_MODEL}
+        like, other = settings_of.setdefault(column, (how, path))
+        if how != like:
+            differ = ", ".join(sorted(name for name in {*how, *like} if how.get(name) != like.get(name)))
+            raise ValueError(f"{other} and {path} do not compare: their {differ} differ")
+        row.about = found["about"]
+        if "task" in found:
+            row.tasks.append(found)
+        else:
+            row.perplexities[column] = found["perplexity"]
+    if missing := [label for label in labels if not (rows[label].tasks or rows[label].perplexities)]:
+        raise FileNotFoundError(
+            f"{folder} has no measurement of {', '.join(missing)}; there are {', '.join(sorted(known)) or 'none'}"
+        )
+    order = list(task_module.TASKS)
+    for row in rows.values():
+        row.perplexities = dict(sorted(row.perplexities.items(), key=lambda item: place(item[0])))
+        row.tasks.sort(key=lambda result: order.index(result["task"]) if result["task"] in order else len(order))
+    return list(rows.values())
+
+
 def comparison_table(rows: Sequence[Row], baseline: Row) -> str:
     """Return the table in the paper's form: bits, size, perplexities, tasks in percent, average."""
-    columns = list(rows[0].perplexities)
-    names = [result["task"] for result in rows[0].tasks]
+    columns = list(dict.fromkeys(column for row in rows for column in row.perplexities))
+    names = list(dict.fromkeys(result["task"] for row in rows for result in row.tasks))
     has_average = baseline.average() is not None
     header = ["model", "bits", "MB", *columns, *names, *(["average of five"] if has_average else [])]
     body = []
     for row in rows:
         cells = [row.label, f"{row.bits:.2f}", f"{row.about['packed_bytes'] / 1e6:.1f}"]
         for column in columns:
-            value, reference = row.perplexities[column], baseline.perplexities[column]
-            cells.append(number(value) + ("" if row is baseline else f" ({number(value / reference)}x)"))
-        cells += [f"{100 * result['acc']:.2f}" for result in row.tasks]
+            value, reference = row.perplexities.get(column), baseline.perplexities.get(column)
+            ratio = f" ({number(value / reference)}x)" if value and reference and row is not baseline else ""
+            cells.append("-" if value is None else number(value) + ratio)
+        accuracies = {result["task"]: result["acc"] for result in row.tasks}
+        cells += [f"{100 * accuracies[name]:.2f}" if name in accuracies else "-" for name in names]
         mean, reference_mean = row.average(), baseline.average()
-        if mean is not None and reference_mean is not None:
-            cells.append(f"{mean:.2f}" + ("" if row is baseline else f" ({mean - reference_mean:+.2f})"))
+        if reference_mean is not None:
+            difference = "" if mean is None or row is baseline else f" ({mean - reference_mean:+.2f})"
+            cells.append("-" if mean is None else f"{mean:.2f}{difference}")
         body.append(cells)
     return markdown_table(header, body)
 
 
-def main(argv: Sequence[str]) -> str:
-    """Measure what is missing as the command line says, write table, JSON and picture; return the table to show.
+def measure_models(args: argparse.Namespace) -> list[Row]:
+    """Return the rows of --models, with what had to be measured.
 
     Raises:
-        ImportError: lm-eval or matplotlib is missing and needed.
+        ImportError: lm-eval is missing and needed.
         ValueError, OSError: an argument is wrong; the message says what to give instead.
     """
-    args = parse_args(argv)
+    if args.columns:
+        raise ValueError("--columns goes with --measured; with --models give --data, --protocol and --tasks")
     entries = [split_model(text) for text in args.models]  # errors first, then the work
     for method in args.quant_method:
         parse_method(method)
     if not (args.data or args.tasks):
         raise ValueError("there is nothing to measure: give --data or --tasks")
-    if args.plot:
-        check_plot_file(args.plot)
     if args.tasks:
         task_module.prepare(args.tasks, args)
     labels = [
@@ -235,6 +300,25 @@ def main(argv: Sequence[str]) -> str:
     for label, ((_, source, gguf), method) in zip(labels, pairs, strict=True):
         own = argparse.Namespace(**{**vars(args), "gguf_file": gguf or args.gguf_file})
         rows.append(measure_model(label, source, method, own, texts, store))
+    total = len(rows) * (len(texts) * len(args.protocol) + len(args.tasks))
+    logger.info("%d of %d measurements were there already", total - store.made, total)
+    return rows
+
+
+def main(argv: Sequence[str]) -> str:
+    """Measure what is missing as the command line says, write table, JSON and picture; return the table to show.
+
+    Raises:
+        ImportError: lm-eval or matplotlib is missing and needed.
+        ValueError, OSError: an argument is wrong; the message says what to give instead.
+    """
+    args = parse_args(argv)
+    if args.plot:
+        check_plot_file(args.plot)
+    rows = read_rows(args.output_folder, args.measured, args.columns) if args.measured else measure_models(args)
+    labels = [row.label for row in rows]
+    if args.baseline and args.baseline not in labels:
+        raise ValueError(f"no row is called {args.baseline!r}; there are {', '.join(labels)}")
     baseline = next(row for row in rows if row.label == (args.baseline or labels[0]))
     table = comparison_table(rows, baseline)
     content = [{"label": r.label, **r.about, "perplexities": r.perplexities, "tasks": r.tasks} for r in rows]
@@ -243,6 +327,4 @@ def main(argv: Sequence[str]) -> str:
     if args.plot:
         os.makedirs(os.path.dirname(args.plot) or ".", exist_ok=True)
         draw_comparison(rows, baseline).savefig(args.plot)
-    total = len(rows) * (len(texts) * len(args.protocol) + len(args.tasks))
-    logger.info("%d of %d measurements were there already", total - store.made, total)
     return table

@@ -20,7 +20,7 @@ def draw_comparison(rows: Sequence["Row"], baseline: "Row") -> "Figure":
     """Draw quality against bits per weight; the baseline is a line across, as it has many times the bits.
 
     Args:
-        rows: measured on the same columns.
+        rows: what a row lacks is left out.
         baseline: one of the rows.
 
     Raises:
@@ -31,10 +31,10 @@ def draw_comparison(rows: Sequence["Row"], baseline: "Row") -> "Figure":
     from matplotlib.ticker import LogLocator, NullFormatter
 
     panels: list[tuple[str, str, list[Any]]] = [
-        (column, "perplexity", [row.perplexities[column] for row in rows]) for column in baseline.perplexities
+        (column, "perplexity", [row.perplexities.get(column) for row in rows]) for column in baseline.perplexities
     ]
     averages = [row.average() for row in rows]
-    if all(value is not None for value in averages):
+    if baseline.average() is not None:
         panels.append(("average of five tasks", "accuracy in %", averages))
     elif baseline.tasks:
         panels.append((f"mean of {len(baseline.tasks)} tasks", "accuracy in %", [mean_accuracy(row) for row in rows]))
@@ -43,6 +43,8 @@ def draw_comparison(rows: Sequence["Row"], baseline: "Row") -> "Figure":
         axes = figure.add_subplot(1, len(panels), index + 1)
         for place, (row, value) in enumerate(zip(rows, values, strict=True)):
             colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+            if value is None:
+                continue
             if row is baseline:
                 axes.axhline(value, color="#7f7f7f", linestyle="--", linewidth=1, label=row.label)
             else:

@@ -52,6 +52,11 @@ def rows_of(text):
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[0] == "|"]
 
 
+def columns_of(text):
+    header, _, *rows = rows_of(text)
+    return {name: [row[place] for row in rows] for place, name in enumerate(header)}
+
+
 def test_packed_and_qat_checkpoints_of_a_model_have_the_same_line(compare, tmp_path, capsys):
     assert compare("plain", "qat", "packed") == 0
     header, _, plain, qat, packed = rows_of(capsys.readouterr().out)
@@ -122,6 +127,45 @@ def test_a_picture_has_a_mark_for_each_model_and_a_line_for_the_baseline(compare
         assert list(axes.lines[0].get_ydata()) == [line, line]
         assert [points.get_offsets().tolist() for points in axes.collections] == [[[2.0, mark]]]
     assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["base", "v2"]
+
+
+def test_the_same_table_and_picture_come_from_the_measurements_alone(compare, tmp_path, monkeypatch, capsys):
+    compare("plain", "qat", more=("--plot", str(tmp_path / "one.png")))
+    whole = capsys.readouterr().out
+    monkeypatch.setattr(module, "open_model", lambda *args: pytest.fail("opened a model"))
+    again = ["eval", "compare", "--output_folder", str(tmp_path / "out"), "--measured"]
+    assert main([*again, "plain", "qat", "--plot", str(tmp_path / "two.png")]) == 0
+    assert columns_of(capsys.readouterr().out) == columns_of(whole)
+    assert (tmp_path / "one.png").stat().st_size and (tmp_path / "two.png").stat().st_size
+    assert main([*again, "qat", "--columns", "*gptq*", "*fairy2i*"]) == 0
+    header, _, row = rows_of(capsys.readouterr().out)
+    assert header == ["model", "bits", "MB", "text.jsonl gptq@128", "text.jsonl fairy2i@128"]
+    assert row[0] == "qat"
+    assert row[3] in whole
+
+
+def test_a_row_that_lacks_a_measurement_has_a_dash(compare, tmp_path, capsys):
+    compare("plain", "qat")
+    next((tmp_path / "out" / "measurements").glob("qat-piqa-*.json")).unlink()
+    capsys.readouterr()
+    arguments = ["eval", "compare", "--output_folder", str(tmp_path / "out"), "--measured", "plain", "qat"]
+    assert main([*arguments, "--plot", str(tmp_path / "out.png")]) == 0
+    assert rows_of(capsys.readouterr().out)[3][-1] == "-"
+
+
+def test_measurements_that_do_not_belong_together_are_refused(compare, tmp_path, capsys):
+    compare("plain")
+    compare("qat", more=("--max_windows", "2"))
+    again = ["eval", "compare", "--output_folder", str(tmp_path / "out"), "--measured", "plain"]
+    assert main([*again, "qat"]) == 1
+    assert "do not compare: their max_windows differ" in capsys.readouterr().err
+    assert main([*again, "base"]) == 1
+    assert "has no measurement of base; there are plain, qat" in capsys.readouterr().err
+    compare("plain", more=("--max_windows", "2"))
+    assert main(again) == 1
+    assert "plain has two measurements of text.jsonl" in capsys.readouterr().err
+    assert main([*again[:-2], "--models", "x", "--columns", "y"]) == 1
+    assert "--columns goes with --measured" in capsys.readouterr().err
 
 
 def test_the_table_is_the_papers_with_what_changes_against_the_baseline():
