@@ -28,10 +28,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .ops import cpu, gpu
-from .ops.inference import code_rows_and_columns, layout_of, packed_linear
+from .ops.inference import code_rows_and_columns, layout_of, packed_linear, packed_linears
 from .packing import pack_codes, unpack_codes
 from .qat import QATLinear, autocast_dtype, keep_float32
-from .rotation import block_width, rotate
 from .schemes import Scheme, method_name
 
 logger = logging.getLogger(__name__)
@@ -45,6 +44,8 @@ SIBLINGS = (  # names, in the order of their calls, of layers that usually see t
     ("query", "key", "value"),
     ("w1", "w3"),
 )
+
+FEW = 4  # tokens: more of them are no faster in one call of several layers
 
 DEFAULT = os.environ.get("FAIRY2I_BACKEND", "auto")
 if DEFAULT not in BACKENDS:
@@ -215,8 +216,7 @@ class PackedLinear(nn.Module):
                 self._hold(None, words)
                 self._layout, self._kernel = layout, gpu.describe(words, self.scales)
                 return self._kernel
-            rotation = block_width(self.in_features, self.scheme.rotation)
-            kernel = cpu.describe(shape, layout, self.scales, rotation)
+            kernel = cpu.describe(shape, layout, self.scales)
             kernel.codes = words.data_ptr()
             kernel.mode_name, kernel.memory = mode, (words, self.scales)  # theirs while a call runs, whatever comes
             self._hold(None, words)
@@ -299,43 +299,54 @@ class PackedLinear(nn.Module):
     def _multiply(self, x: Tensor, backend: str) -> Tensor:
         if backend in gpu.MODES:
             return self._multiply_on_gpu(x, backend)
+        if torch.compiler.is_compiling():
+            return self._multiply_in_graph(x, backend)
         if (ahead := self._ahead) is not None:
             self.__dict__["_ahead"] = None  # past nn.Module's search for parameters
             if ahead[0] is x and ahead[1] == x._version and ahead[2] is self._kernel:
                 return ahead[3]
         if x.shape[-1] != self.in_features:
             raise RuntimeError(f"the layer has {self.in_features} input features, got an input of {tuple(x.shape)}")
-        if torch.compiler.is_compiling():
-            return self._multiply_in_graph(x, layout_of(self.scheme, backend))
         kernel, bias = self._ready(backend)
-        if _watched(x):
-            layout = layout_of(self.scheme, backend)
-            codes_of = x if not self.scheme.rotation else rotate(x.float(), self.scheme.rotation)
-            return packed_linear(codes_of, *kernel.memory, bias, self.out_features, layout).to(x.dtype)
+        if watched(x):
+            return packed_linear(x, *kernel.memory, bias, self.out_features, layout_of(self.scheme, backend))
         layers = [self]
-        if self._siblings and x.numel() <= 4 * self.in_features and not x.is_inference():
-            layers = self._with_siblings(backend)
+        if self._siblings and x.numel() <= FEW * self.in_features and not x.is_inference():
+            layers = self._with_siblings()
         ready = [(kernel, bias), *(layer._ready(backend) for layer in layers[1:])]
         outputs = cpu.run(
             [kernel for kernel, _ in ready],
-            (x.float() if kernel.rotation > 1 else x).contiguous(),
+            x.contiguous(),
             [bias for _, bias in ready],
             [layer.out_features for layer in layers],
         )
-        if self.scheme.rotation:
-            outputs = [y.to(x.dtype) for y in outputs]
         for layer, y in zip(layers[1:], outputs[1:], strict=True):
             layer.__dict__["_ahead"] = (x, x._version, layer._kernel, y)
         return outputs[0]
 
-    def _multiply_in_graph(self, x: Tensor, layout: tuple[int, ...]) -> Tensor:
+    def _multiply_in_graph(self, x: Tensor, backend: str) -> Tensor:
+        if (ahead := self._ahead) is not None:
+            self._ahead = None
+            if ahead[0] is x:
+                return ahead[3]
+        if x.shape[-1] != self.in_features:
+            raise RuntimeError(f"the layer has {self.in_features} input features, got an input of {tuple(x.shape)}")
+        layout = layout_of(self.scheme, backend)
         if self._layout != layout or self.words is None:  # codes cannot be repacked while a graph is made
             _tell_not_ready()
             return F.linear(x, self.dense_weight_as(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        # the codes are those of the rotated weight
-        rotated = x if not self.scheme.rotation else rotate(x.float(), self.scheme.rotation)
-        bias = None if self.bias is None else self.bias.detach()
-        return packed_linear(rotated, self.words, self.scales, bias, self.out_features, layout).to(x.dtype)
+        layers = [self]
+        if self._siblings and x.numel() <= FEW * self.in_features:
+            layers += [layer for layer in self._with_siblings()[1:] if layer._layout == layout]
+        biases = [None if layer.bias is None else layer.bias.detach() for layer in layers]
+        if len(layers) == 1:
+            return packed_linear(x, self.words, self.scales, biases[0], self.out_features, layout)
+        words: list[Any] = [layer.words for layer in layers]
+        scales = [layer.scales for layer in layers]
+        outputs = packed_linears(x, words, scales, biases, [layer.out_features for layer in layers], layout)
+        for layer, y in zip(layers[1:], outputs[1:], strict=True):
+            layer._ahead = (x, 0, None, y)
+        return outputs[0]
 
     def _multiply_on_gpu(self, x: Tensor, backend: str) -> Tensor:
         compiling = torch.compiler.is_compiling()
@@ -377,7 +388,7 @@ class PackedLinear(nn.Module):
         assert isinstance(kernel, cpu.Layer)
         return kernel, None if bias is None else bias.detach().float().contiguous()
 
-    def _with_siblings(self, backend: str) -> "list[PackedLinear]":
+    def _with_siblings(self) -> "list[PackedLinear]":
         """Return this layer and those that will be asked about the same input next; none if they were not, before."""
         if any(layer._ahead is not None for layer in self._siblings):
             for layer in self._siblings:
@@ -478,7 +489,7 @@ class _Group:
             layer._group = layer._ahead = None
 
 
-def _watched(x: Tensor) -> bool:
+def watched(x: Tensor) -> bool:
     """Return whether something looks at ops as they run, so that a call past the dispatcher would be missed."""
     return type(x) not in (Tensor, nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing()
 
@@ -488,7 +499,8 @@ def use_backend(model: nn.Module, backend: Backend) -> nn.Module:
 
     With a kernel the codes are repacked now, else at the first call: do it before torch.compile. And layers that
     see the same input (q, k and v; gate and up) are computed in one call from now on, where there are few tokens: when
-    the first is called, the others' outputs wait for the same tensor to come.
+    the first is called, the others' outputs wait for the same tensor to come. On the CPU, decoder layers of LLaMA's
+    form take single tokens as a whole (:mod:`fairy2i.decoding`).
 
     Args:
         model: any module.
@@ -525,6 +537,9 @@ def use_backend(model: nn.Module, backend: Backend) -> nn.Module:
                 if backend in gpu.MODES and same[0].scheme.granularity != "tile":
                     if len({layer._layout for layer in same} | {None}) == 2 and same[0]._group is None:
                         _Group(same)
+    from .decoding import fuse_decoder_layers
+
+    fuse_decoder_layers(model, on=backend != "reference" and backend not in gpu.MODES)
     return model
 
 

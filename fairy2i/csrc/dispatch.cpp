@@ -6,7 +6,7 @@
 #include <time.h>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
-enum { ABI = 3 };
+enum { ABI = 4 };
 typedef void (*Work)(Job*);
 
 extern "C" void fairy2i_work_portable(Job*);

@@ -17,14 +17,17 @@ import os
 import re
 import struct
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..rotation import block_width
+
 logger = logging.getLogger(__name__)
 
-ABI = 3  # as csrc/dispatch.cpp has it
+ABI = 4  # as csrc/dispatch.cpp has it
 FILE_NAME = "libfairy2i_cpu.so"
 MODES = {"cpu_exact": 0, "cpu_int8": 1}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of activations
@@ -127,6 +130,9 @@ def _load() -> ctypes.CDLL:
     found.fairy2i_pack.argtypes = found.fairy2i_unpack.argtypes = (layer, pointer, pointer)
     pointers = ctypes.POINTER(pointer)
     found.fairy2i_linear.argtypes = (number, pointers, pointer, pointers, pointers, size, number, number)
+    inputs = (pointers, pointers, pointer, pointer, ctypes.c_float)
+    found.fairy2i_decoder_in.argtypes = (*inputs, pointer, pointer, number, size, pointers, size, number)
+    found.fairy2i_decoder_out.argtypes = (*inputs, pointer, size, number)
     if (parallel := _openmp_parallel()) is not None:
         found.fairy2i_set_parallel(ctypes.cast(parallel, pointer))
     return found
@@ -184,20 +190,18 @@ def use_instruction_set(name: str) -> str:
     return before
 
 
-def describe(
-    shape: tuple[int, int], layout: "tuple[int, ...] | list[int]", scales: Tensor | None = None, rotation: int = 0
-) -> Layer:
+def describe(shape: tuple[int, int], layout: "tuple[int, ...] | list[int]", scales: Tensor | None = None) -> Layer:
     """Return the description of a layer, codes not set.
 
     Args:
         shape: rows and columns of the codes (complex ones for phase codes).
-        layout: kind (0 phase, 1 real), stages or planes, granularity (0 tensor, 1 row, 2 tile), tile, mode.
+        layout: kind (0 phase, 1 real), stages or planes, granularity (0 tensor, 1 row, 2 tile), tile, mode, rotation.
         scales: contiguous float32; must live as long as the description is used.
-        rotation: width of the blocks that :func:`run` rotates float32 activations by.
     """
-    kind, stages, granularity, tile, mode = layout
+    kind, stages, granularity, tile, mode, rotation = layout
     pointer = None if scales is None else scales.data_ptr()
-    return Layer(kind, stages, *shape, granularity, mode, tile, None, pointer, rotation)
+    width = block_width(shape[1] * (2 if kind == 0 else 1), rotation)
+    return Layer(kind, stages, *shape, granularity, mode, tile, None, pointer, width)
 
 
 def repack(codes: Tensor, shape: tuple[int, int], layout: tuple[int, ...]) -> Tensor:
@@ -222,9 +226,11 @@ def run(layers: list[Layer], x: Tensor, biases: list[Tensor | None], out_feature
     """Multiply contiguous activations (..., in_features) with layers whose codes are set: a tensor for each.
 
     Args:
-        layers: at most 8, all of as many columns as ``x``, and of one rotation; with one, ``x`` is float32.
+        layers: at most 8, all of as many columns as ``x``, and of one rotation.
         biases: contiguous float32.
     """
+    if layers[0].rotation > 1 and x.dtype != torch.float32:  # the library rotates float32
+        return [y.to(x.dtype) for y in run(layers, x.float(), biases, out_features)]
     count = len(layers)
     pointers = ctypes.c_void_p * count
     leading, dtype = x.shape[:-1], x.dtype
@@ -242,3 +248,71 @@ def run(layers: list[Layer], x: Tensor, biases: list[Tensor | None], out_feature
     if failed:
         raise MemoryError("no memory for the kernel's scratch space")
     return outputs
+
+
+def pointers(parts: "Sequence[Layer | Tensor | None]") -> "ctypes.Array[ctypes.c_void_p]":
+    """Return the addresses of descriptions of layers, or of tensors: what they point at must live as long."""
+    found = [
+        part.data_ptr() if isinstance(part, Tensor) else None if part is None else ctypes.addressof(part)
+        for part in parts
+    ]
+    return (ctypes.c_void_p * len(found))(*found)
+
+
+def decoder_in(
+    inner: "tuple[ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_void_p]]",
+    hidden: Tensor,
+    norm: Tensor,
+    eps: float,
+    cosine: Tensor,
+    sine: Tensor,
+    head: int,
+    heads: list[Tensor],
+) -> None:
+    """Write queries, keys and values of a token of a decoder layer, rotary positions included.
+
+    Args:
+        inner: :func:`pointers` of the layers q, k, v and of their biases.
+        hidden: float32 (tokens, 1, features), contiguous as all tensors here; not changed.
+        norm, eps: weight and epsilon of the RMS norm before them, float32.
+        cosine, sine: float32 (tokens or 1, 1, head).
+        head: numbers in a head.
+        heads: float32 (tokens, heads, 1, head) for each of the three, written here.
+    """
+    failed = library().fairy2i_decoder_in(
+        *inner,
+        hidden.data_ptr(),
+        norm.data_ptr(),
+        eps,
+        cosine.data_ptr(),
+        sine.data_ptr(),
+        cosine.shape[0] == 1,
+        head,
+        (ctypes.c_void_p * 3)(*[part.data_ptr() for part in heads]),
+        hidden.shape[0],
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError("no memory for the kernel's scratch space")
+
+
+def decoder_out(
+    outer: "tuple[ctypes.Array[ctypes.c_void_p], ctypes.Array[ctypes.c_void_p]]",
+    attended: Tensor,
+    norm: Tensor,
+    eps: float,
+    hidden: Tensor,
+) -> None:
+    """Do what follows the attention in a decoder layer: output layer, norm, gated unit and both sums, into ``hidden``.
+
+    Args:
+        outer: :func:`pointers` of the layers o, gate, up, down and of their biases.
+        attended: float32 (tokens, heads, 1, head), contiguous.
+        norm, eps: of the RMS norm before the gated unit, float32.
+        hidden: float32 (tokens, 1, features), contiguous: the layer's input, and then its output.
+    """
+    failed = library().fairy2i_decoder_out(
+        *outer, attended.data_ptr(), norm.data_ptr(), eps, hidden.data_ptr(), hidden.shape[0], torch.get_num_threads()
+    )
+    if failed:
+        raise MemoryError("no memory for the kernel's scratch space")

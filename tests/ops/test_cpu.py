@@ -232,6 +232,23 @@ def test_the_op_passes_opcheck(backend):
     torch.library.opcheck(torch.ops.fairy2i.packed_linear.default, arguments)
 
 
+@EACH_BACKEND
+@pytest.mark.parametrize("rotation", [0, 16])
+def test_the_op_of_several_layers_passes_opcheck_and_is_that_of_one(backend, rotation):
+    scheme = PhaseScheme(stages=2, granularity="row", rotation=rotation)
+    layers = [random_layer(scheme, rows, 48, backend) for rows in (24, 6, 34)]
+    x, biases = torch.randn(2, 48, dtype=torch.bfloat16), [torch.randn(24), None, torch.randn(34)]
+    for layer in layers:
+        layer(x)
+    layout = list(layout_of(scheme, backend))
+    arguments = (x, [y.words for y in layers], [y.scales for y in layers], biases, [24, 6, 34], layout)
+    torch.library.opcheck(torch.ops.fairy2i.packed_linears.default, arguments)
+    for y, layer, bias in zip(torch.ops.fairy2i.packed_linears(*arguments), layers, biases, strict=True):
+        one = (x, layer.words, layer.scales, bias, layer.out_features, layout)
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(y, torch.ops.fairy2i.packed_linear(*one))
+
+
 def test_the_op_refuses_codes_of_another_size():
     layer = random_layer(METHODS["complex_phase_v2"], 24, 40)
     layer(torch.randn(1, 40))
@@ -393,7 +410,7 @@ def test_auto_is_exact_in_eval_mode_and_the_reference_in_training(monkeypatch):
 def test_a_kernel_asked_for_by_name_is_used_or_the_reason_told():
     layer = use_backend(nn.Sequential(random_layer(METHODS["complex_phase_v2"], 24, 40)), "cpu_int8")
     layer(torch.randn(1, 40))
-    assert layer[0]._layout[-1] == cpu.MODES["cpu_int8"]
+    assert layer[0]._layout[4] == cpu.MODES["cpu_int8"]
     with pytest.raises(RuntimeError, match=r"cpu_int8 cannot be used: it does not take torch\.float64"):
         layer(torch.randn(1, 40, dtype=torch.float64))
     with pytest.raises(ValueError, match="unknown backend 'fast'"):
@@ -507,7 +524,7 @@ def test_sanitizers_find_nothing(tmp_path):
         pytest.skip("built here for x86")
     wide = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
     objects = []
-    for name, more in (("dispatch", []), ("portable", []), ("avx2", []), ("avx512", wide)):
+    for name, more in (("dispatch", []), ("decoder", []), ("portable", []), ("avx2", []), ("avx512", wide)):
         vector = ["-mavx2", "-mfma", "-mf16c", *more] if name.startswith("avx") else []
         command = ["g++", "-std=c++17", "-O1", "-g", "-fPIC", "-w", "-fsanitize=address,undefined"]
         command += ["-fno-sanitize-recover=all", "-DFAIRY2I_X86", *vector]
@@ -537,7 +554,7 @@ def test_neon_agrees_with_the_portable_kernels_under_an_emulator(tmp_path):
     if not (compiler and emulator):
         pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)")
     objects = []
-    for name in ("dispatch", "portable", "neon"):
+    for name in ("dispatch", "decoder", "portable", "neon"):
         more = ["-march=armv8.2-a+dotprod"] if name == "neon" else []
         objects.append(tmp_path / f"{name}.o")
         command = [compiler, "-O2", "-std=c++17", "-w", "-DFAIRY2I_ARM", *more]
