@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .calibrated_blocks import CalibratedBlocks
 from .granularity import expand_groups
 from .phase_quant import SCALE_MIN, phase_encode, phase_units
 from .qat import QATLinear
@@ -403,6 +404,7 @@ def calibrate(
     drift_damping: float | None = 0.1,
     batch_size: int = 8,
     progress: bool = True,
+    keep: str | None = None,
 ) -> list[CalibratedLayer]:
     """Fit the quantized layers of a model to a text, block by block, in place.
 
@@ -413,6 +415,8 @@ def calibrate(
         damping, rounds: see :func:`calibrate_layer`.
         batch_size: sequences at a time.
         progress: show a progress bar.
+        keep: a folder for the blocks that are done, so that another call with the same model, text and settings goes on
+            behind them. Whoever has the result removes it. None: nothing is kept.
 
     Returns:
         What was done, layer by layer. The model's forward uses it, packing keeps it, and training goes on from it.
@@ -442,11 +446,23 @@ def calibrate(
         device = next(model.parameters()).device
         batches = [_first_batch(model, blocks[0], batch.to(device)) for batch in tokens.split(batch_size)]
         originals = batches
+        kept = None
+        if keep is not None:
+            schemes = {name: layer.scheme.to_dict() for layer, name in names.items()}
+            settings = [schemes, damping, rounds, drift_damping]
+            kept = CalibratedBlocks(keep, settings, tokens, *(batch.hidden for batch in batches))
         bar = tqdm(total=len(inside), desc="Calibrating", unit="layer", disable=None if progress else True)
-        for block in blocks:
+        for index, block in enumerate(blocks):
             layers = {name: layer for name, layer in block.named_modules() if isinstance(layer, QATLinear)}
-            weights = _Weights(layers)
-            for group in _groups_by_input(block, layers, batches[0]):
+            weights, first, found = _Weights(layers), len(done), None
+            if kept is not None:
+                kept.next(block)
+                found = kept.load(layers)
+            if found is not None:
+                done += [CalibratedLayer(**entry) for entry in found]
+                weights.present = {name: layer.quantized_weight() for name, layer in layers.items()}
+                bar.update(len(found))
+            for group in [] if found is not None else _groups_by_input(block, layers, batches[0]):
                 gram, drift = _moments_of_input(block, layers[group[0]], weights, batches, originals)
                 for what, tensor in [("inputs", gram), *(("weight", layers[name].weight) for name in group)]:
                     if not torch.isfinite(tensor).all():
@@ -459,6 +475,12 @@ def calibrate(
                     weights.present[name] = layer.quantized_weight()
                     done.append(CalibratedLayer(names[layer], before, after))
                     bar.update()
+            if kept is not None and found is None:
+                kept.save(layers, done[first:])
+            if fresh := done[first:]:
+                error = sum(layer.after for layer in fresh) / len(fresh)
+                bar.set_postfix(error=f"{error:.3f}")
+                logger.info("block %d of %d: mean error %.4f", index + 1, len(blocks), error)
             weights.use(weights.original)
             originals = [batch._replace(hidden=_run(block, batch)) for batch in originals]
             weights.use(weights.present)

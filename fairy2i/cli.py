@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -268,13 +269,23 @@ def _quantize_in_memory(args: argparse.Namespace, method: Method | None) -> Conv
         if args.calibrate:
             tokens = _first_tokens(documents, tokenizer, count, length)
             move_to_device(model, args.device or default_device())
-            layers = calibrate(model, tokens)
+            kept = _calibrated_blocks(args.output)
+            if os.path.isdir(kept):
+                print(f"going on with the blocks that are in {kept}", file=sys.stderr)
+            layers = calibrate(model, tokens, keep=kept)
             before, after = (sum(getattr(layer, key) for layer in layers) / len(layers) for key in ("before", "after"))
             print(f"mean relative error of the layers' outputs: {before:.4f} rounded, {after:.4f} calibrated")
         convert_to_inference_mode(model, packed=not args.dequantized)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    if args.calibrate:
+        shutil.rmtree(_calibrated_blocks(args.output))
     return report
+
+
+def _calibrated_blocks(output: str) -> str:
+    """Return the folder beside the output for what a calibration is done with, until all of it is."""
+    return os.path.realpath(os.path.expanduser(output)) + ".calibration"
 
 
 def _calibration_size(args: argparse.Namespace, context: int | None) -> tuple[int, int]:

@@ -218,3 +218,82 @@ def test_codes_of_a_calibrated_layer_can_move():
     at_target = (layer.weight - weight).abs() < 1e-5 * weight.abs().max()
     assert at_target.float().mean() > 0.1
     assert ((layer.weight - middle).abs() < 1e-6).float().mean() < 0.3
+
+
+# Going on behind a stop
+
+
+def stoppable(stages=2):
+    model = tiny_model(num_hidden_layers=3)
+    replace_modules_for_qat(model, scheme(stages))
+    return model
+
+
+def test_a_calibration_that_was_stopped_goes_on_and_ends_where_it_would_have(tmp_path, monkeypatch, caplog):
+    tokens, folder = token_batch(4, 16), str(tmp_path / "blocks")
+    whole = stoppable()
+    expected = calibrate(whole, tokens, progress=False)
+    calls = []
+
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 12:  # in the second block, of 7 layers
+            raise KeyboardInterrupt
+        return calibrate_layer(*args, **kwargs)
+
+    monkeypatch.setattr("fairy2i.calibrate.calibrate_layer", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(stoppable(), tokens, progress=False, keep=folder)
+    assert [path.name for path in (tmp_path / "blocks").iterdir()] == ["block-0000.safetensors"]
+    again = stoppable()
+    assert calibrate(again, tokens, progress=False, keep=folder) == expected
+    assert len(calls) == 12 + 14  # two blocks were left
+    for (name, one), other in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+    assert calibrate(stoppable(), tokens, progress=False, keep=folder) == expected
+    assert len(calls) == 26
+
+
+@pytest.mark.parametrize("what", ["text", "stages", "weights", "cut off", "another file"])
+def test_blocks_of_another_calibration_are_not_used(what, tmp_path, caplog):
+    tokens, folder = token_batch(4, 16), tmp_path / "blocks"
+    calibrate(stoppable(), tokens, progress=False, keep=str(folder))
+    first = folder / "block-0000.safetensors"
+    stages = 3 if what == "stages" else 2
+    plain, model = stoppable(stages), stoppable(stages)
+    if what == "text":
+        tokens = token_batch(4, 16, seed=9)
+    elif what == "weights":
+        for one in (plain, model):
+            with torch.no_grad():
+                one.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    elif what == "cut off":
+        first.write_bytes(first.read_bytes()[:-8])
+    elif what == "another file":
+        first.write_bytes(b"nothing of ours")
+    expected = calibrate(plain, tokens, progress=False)
+    assert calibrate(model, tokens, progress=False, keep=str(folder)) == expected
+    assert torch.equal(logits(model), logits(plain))
+    assert any("calibrated again" in record.message for record in caplog.records)
+
+
+def test_a_full_disk_while_keeping_a_block_loses_no_block(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    from fairy2i import calibrated_blocks
+
+    tokens, folder = token_batch(4, 16), tmp_path / "blocks"
+    real, saved = calibrated_blocks.save_file, []
+
+    def full(*args):
+        saved.append(1)
+        if len(saved) == 2:
+            raise SafetensorError("No space left on device")
+        return real(*args)
+
+    monkeypatch.setattr(calibrated_blocks, "save_file", full)
+    with pytest.raises(OSError, match=r"block-0001.*No space left"):
+        calibrate(stoppable(), tokens, progress=False, keep=str(folder))
+    assert (folder / "block-0000.safetensors").exists()
+    assert calibrate(stoppable(), tokens, progress=False, keep=str(folder))
+    assert len(saved) == 4  # the first block is not made again

@@ -15,6 +15,7 @@ from tiny_text import save_tiny_model, tiny_text, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from fairy2i import PackedLinear, QATLinear, __version__, cli, convert_to_inference_mode, replace_modules_for_qat
+from fairy2i.calibrate import calibrate_layer
 from fairy2i.cli import main
 from fairy2i.loading import load_model_and_tokenizer
 
@@ -129,7 +130,7 @@ def test_a_sequence_of_calibration_is_as_long_as_the_context_where_that_is_short
     class Enough(Exception):
         pass
 
-    def look(model, tokens):
+    def look(model, tokens, keep):
         assert tokens.shape == (4, 64)
         raise Enough
 
@@ -138,6 +139,30 @@ def test_a_sequence_of_calibration_is_as_long_as_the_context_where_that_is_short
     command = ["quantize", plain, str(tmp_path / "out"), *LEARNED, "--calibrate", str(tmp_path / "text.txt")]
     with pytest.raises(Enough):
         main([*command, "--calibrate_tokens", "300"])
+
+
+def test_a_calibration_that_was_stopped_goes_on_with_the_same_command(plain, tmp_path, capsys, monkeypatch):
+    (tmp_path / "text.txt").write_text(tiny_text(200), encoding="utf-8")
+    command = [*LEARNED, "--calibrate", str(tmp_path / "text.txt"), "--calibrate_tokens", "400"]
+    assert main(["quantize", plain, str(tmp_path / "whole"), *command]) == 0
+    calls = []
+
+    def stopping(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return calibrate_layer(*args, **kwargs)
+
+    monkeypatch.setattr("fairy2i.calibrate.calibrate_layer", stopping)
+    assert main(["quantize", plain, str(tmp_path / "out"), *command]) == 130
+    assert [path.name for path in (tmp_path / "out.calibration").iterdir()] == ["block-0000.safetensors"]
+    capsys.readouterr()
+    assert main(["quantize", plain, str(tmp_path / "out"), *command]) == 0
+    assert "going on with the blocks" in capsys.readouterr().err
+    assert len(calls) == 10 + 7
+    assert not (tmp_path / "out.calibration").exists()
+    names = ["out", "whole"]
+    assert len({(tmp_path / name / "model.safetensors").read_bytes() for name in names}) == 1
 
 
 @pytest.mark.parametrize("flag", ["--calibrate_tokens", "--calibrate_length", "--device"])
