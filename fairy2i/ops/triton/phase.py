@@ -364,8 +364,8 @@ def write_groups(
 def sum_scale_gradients(
     grad, weight, codes, scales, sums, n, m, grad_row_stride, grad_col_stride, grad_down, grad_right,
     row_stride, col_stride, down, right, plane, height, width, groups,
-    STAGES: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr, FROM_CODES: tl.constexpr, LANES: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr,
+    STAGES: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr, FROM_CODES: tl.constexpr, BR: tl.constexpr,
+    BC: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """Sum gradient times unit: sums (4 T, groups), in the order of the scales. SHARED: a column for each program."""
     program, r_begin, r_end, c_begin, c_end = _rectangle(n, m, height, width)
@@ -373,12 +373,13 @@ def sum_scale_gradients(
         group = r_begin + tl.arange(0, BR)
         mine = group < r_end
         known = _load_scales(scales, groups, group, mine, STAGES, True)
-        total = tl.zeros([BR, LANES], tl.float64)
     else:
         group = program
+        mine = True
         known = _load_scales(scales, 1 if SHARED else groups, 0 if SHARED else group, True, STAGES, False)
-        total = tl.zeros([LANES], tl.float64)
-    lane = tl.arange(0, LANES)
+    totals = ()  # of each thread; they meet once, in the end
+    for _ in tl.static_range(4 * STAGES):
+        totals = totals + (tl.zeros([BR, BC // OWN], tl.float64),)  # noqa: RUF005
     for r in range(r_begin, r_end, BR):
         for c in range(c_begin, c_end, BC):
             rows, cols, inside = _places(r, r_end, c, c_end, BR, BC)
@@ -389,6 +390,7 @@ def sum_scale_gradients(
             if not FROM_CODES:
                 a11, a12, a21, a22 = _load_blocks(weight, rows, cols, row_stride, col_stride, down, right, inside)
                 re_u, im_u, re_w, im_w = _parts(a11, a12, a21, a22)
+            more = ()
             for t in tl.static_range(STAGES):
                 if FROM_CODES:
                     if t % 2 == 0:
@@ -406,19 +408,12 @@ def sum_scale_gradients(
                         im_u -= known[4 * t + 1] * unit_im_u
                         re_w -= known[4 * t + 2] * unit_re_w
                         im_w -= known[4 * t + 3] * unit_im_w
-                products = (
-                    (grad_re_u * unit_re_u).to(tl.float64),
-                    (grad_im_u * unit_im_u).to(tl.float64),
-                    (grad_re_w * unit_re_w).to(tl.float64),
-                    (grad_im_w * unit_im_w).to(tl.float64),
-                )
+                products = (grad_re_u * unit_re_u, grad_im_u * unit_im_u, grad_re_w * unit_re_w, grad_im_w * unit_im_w)
                 for i in tl.static_range(4):
-                    if ROWS:
-                        total += tl.where(lane[None, :] == 4 * t + i, tl.sum(products[i], 1)[:, None], 0.0)
-                    else:
-                        total += tl.where(lane == 4 * t + i, tl.sum(products[i]), 0.0)
-    if ROWS:
-        at = sums + lane[None, :] * groups + group[:, None]
-        tl.store(at, total.to(sums.dtype.element_ty), (lane < 4 * STAGES)[None, :] & mine[:, None])
-    else:
-        tl.store(sums + lane * groups + group, total.to(sums.dtype.element_ty), lane < 4 * STAGES)
+                    more = more + (totals[4 * t + i] + _own_sum(products[i].to(tl.float64), OWN),)  # noqa: RUF005
+            totals = more
+    for k in tl.static_range(4 * STAGES):
+        if ROWS:
+            tl.store(sums + k * groups + group, tl.sum(totals[k], 1).to(sums.dtype.element_ty), mine)
+        else:
+            tl.store(sums + k * groups + group, tl.sum(totals[k]).to(sums.dtype.element_ty))

@@ -174,7 +174,8 @@ def scale_gradient(
     """Return the gradient of the scales, float32 and of their shape; from block codes where they are given."""
     n, m, *layout = _sizes(weight)
     _, _, *grad_layout = _sizes(grad)
-    rows, cols, warps = _chunk(n, m, granularity, tile, weight.stride(0) < weight.stride(1), most=1024)
+    chunk = _chunk(n, m, granularity, tile, weight.stride(0) < weight.stride(1), most=512)
+    rows, cols, warps = chunk
     height, width, programs = _rectangles(n, m, granularity, tile, rows)
     shared = granularity == "tensor"
     groups = n if granularity == "row" else programs
@@ -185,6 +186,6 @@ def scale_gradient(
     phase.sum_scale_gradients[(programs,)](
         grad, weight, codes, scales, sums, n, m, *grad_layout, *layout, n * m, height, width, groups,
         STAGES=stages, ROWS=granularity == "row", SHARED=shared, FROM_CODES=codes is not None,
-        LANES=_power(4 * stages), BR=rows, BC=cols, num_warps=min(2 * warps, 8), enable_fp_fusion=False,
+        BR=rows, BC=cols, OWN=_own(chunk), num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
     return sums.sum(1).float().view(scales.shape) if shared else sums
