@@ -44,7 +44,7 @@ def fuse_decoder_layers(model: nn.Module, on: bool = True) -> int:
     count = 0
     for layer in model.modules():
         ours = getattr(layer.__dict__.get("forward"), "func", None) is _forward
-        if on and not ours and _is_known(layer) and _linears(layer) is not None:
+        if on and not ours and _is_known(layer) and _packed_layers(layer) is not None:
             layer.forward = functools.partial(_forward, layer)  # which copies and pickles with the layer
             ours = True
         elif ours and not on:
@@ -68,15 +68,21 @@ def _is_known(layer: nn.Module) -> bool:
     )
 
 
-def _linears(layer: nn.Module) -> "tuple[PackedLinear, ...] | None":
-    """Return the packed layers of a decoder layer, or None where one is something else, has hooks or is trained."""
-    found = []
-    for part, name in _LINEARS:
-        module = layer._modules[part]._modules.get(name)  # type: ignore[union-attr]
-        if type(module) is not PackedLinear or module._forward_hooks or module._forward_pre_hooks or module.training:
+def _packed_layers(layer: nn.Module) -> tuple[PackedLinear, ...] | None:
+    """Return the packed layers of a decoder layer, or None where one is something else."""
+    found = [layer._modules[part]._modules.get(name) for part, name in _LINEARS]  # type: ignore[union-attr]
+    return tuple(found) if all(type(module) is PackedLinear for module in found) else None  # type: ignore[arg-type]
+
+
+def _free_layers(layer: nn.Module) -> tuple[PackedLinear, ...] | None:
+    """Return the packed layers of a decoder layer, or None where one has hooks or is trained."""
+    found = _packed_layers(layer)
+    for module in found or ():
+        if module._forward_hooks or module._forward_pre_hooks or module.training:
             return None
-        found.append(module)
-    return tuple(found)
+        if "forward" in module.__dict__:  # accelerate's, say, which moves inputs and weights
+            return None
+    return found
 
 
 class _Plan:
@@ -117,7 +123,7 @@ class _Plan:
 
 
 def _plan_for(layer: nn.Module, x: Tensor) -> _Plan | None:
-    linears = _linears(layer)
+    linears = _free_layers(layer)
     if linears is None:
         return None
     backends = {linear.backend_for(x) for linear in linears}

@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 
+import accelerate
 import pytest
 import torch
 from hypothesis import given, settings
@@ -175,7 +176,7 @@ def test_layers_that_changed_are_not_mistaken_for_what_they_were(fused_calls):
     assert seen == [1]
 
 
-def test_copies_and_files_are_of_a_model_as_ever(tmp_path, fused_calls):
+def test_copies_and_files_are_of_a_model_as_ever(tmp_path, monkeypatch, fused_calls):
     model = packed_model()
     expected = decode(model)
     twin = copy.deepcopy(model)
@@ -185,8 +186,19 @@ def test_copies_and_files_are_of_a_model_as_ever(tmp_path, fused_calls):
     again = pickle.loads(pickle.dumps(twin))
     assert torch.equal(decode(again), expected)
     twin.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path)
-    assert torch.equal(decode(use_backend(loaded, "cpu_exact")), expected)
+    fused_calls.clear()
+    monkeypatch.setattr("fairy2i.packed.DEFAULT", "auto")  # as where nobody asks for the reference
+    assert torch.equal(decode(type(model).from_pretrained(tmp_path)), expected)
+    assert len(fused_calls) == 10  # without a word
+
+
+def test_layers_that_accelerate_has_its_hand_in_go_the_other_way(fused_calls):
+    model = packed_model()
+    expected = decode(model)
+    fused_calls.clear()
+    accelerate.cpu_offload(model.model.layers[0], torch.device("cpu"))
+    torch.testing.assert_close(decode(model), expected, rtol=2e-5, atol=2e-5)
+    assert len(fused_calls) == 5  # of the other layer
 
 
 def test_use_backend_fuses_and_takes_it_back_and_leaves_others_alone():

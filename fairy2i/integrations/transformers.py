@@ -29,7 +29,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..checksums import checksum_metadata, sort_metadata
 from ..convert import ConversionReport, check_in_memory, convert_to_inference_mode, replace_modules_for_qat
 from ..inspection import quantized_layers
-from ..packed import PackedLinear
+from ..packed import PackedLinear, use_backend
 from ..qat import QATLinear
 from ..saving import atomic_files
 from ..schemes import Scheme, resolve_method, scheme_from_dict
@@ -150,7 +150,7 @@ class Fairy2iQuantizer(HfQuantizer):
         for layer in quantized_layers(model).values():
             if isinstance(layer, PackedLinear):
                 layer.requires_grad_(False)  # transformers makes new Parameters, which ask for gradients
-        return model
+        return use_backend(model, "auto")
 
     def _quantize_plain_weights(self, model: Any) -> None:
         """Do what replace_modules_for_qat could not do before there were weights, and pack them if asked to."""
