@@ -1,6 +1,7 @@
 """The CPU kernels: every scheme, shape and instruction set against float64, and what surrounds them in PyTorch."""
 
 import contextlib
+import copy
 import ctypes
 import logging
 import os
@@ -16,15 +17,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layers import random_layer
 from torch import nn
 
-from fairy2i import METHODS, PackedLinear, PhaseScheme, QATLinear, RealScheme
+from fairy2i import METHODS, PhaseScheme, QATLinear, RealScheme
 from fairy2i.ops import cpu
 from fairy2i.ops.inference import code_rows_and_columns, layout_of
 from fairy2i.packed import use_backend
 from fairy2i.rotation import rotate
 
 CSRC = Path(__file__).resolve().parents[2] / "fairy2i" / "csrc"
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+VECTOR = {"avx2": AVX2, "avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]}
 SCHEMES = [
     *METHODS.values(),
     *(PhaseScheme(stages=stages, granularity="row", scales="learned") for stages in (1, 2, 5, 8)),
@@ -54,22 +58,6 @@ def using(instruction_set):
         yield
     finally:
         cpu.use_instruction_set(before)
-
-
-def random_layer(scheme, out_features, in_features, backend="cpu_exact", bias=False, dtype=torch.float32):
-    """A layer of random codes and scales, none of which a quantizer need ever make."""
-    layer = PackedLinear(in_features, out_features, bias, scheme=scheme, dtype=dtype).eval()
-    codes = torch.randint(0, 4 if scheme.code_width == 2 else 2, scheme.code_shape(out_features, in_features))
-    if isinstance(scheme, RealScheme):
-        codes %= scheme.levels
-    from fairy2i.packing import pack_codes
-
-    layer.codes.copy_(pack_codes(codes.to(torch.uint8), scheme.code_width))
-    layer.scales.uniform_(0.1, 1.0)
-    if bias:
-        layer.bias.data.normal_()
-    layer.backend = backend
-    return layer
 
 
 def error_bound(layer, x, backend):
@@ -206,7 +194,7 @@ def test_half_precision_is_computed_in_float32_and_rounded_once(dtype, backend, 
 
 @EACH_SET
 def test_buffers_need_no_alignment(instruction_set):
-    layer = random_layer(METHODS["complex_phase_v2"], 70, 258, bias=True)
+    layer = random_layer(METHODS["complex_phase_v2"], 70, 258, "cpu_exact", bias=True)
     x, shifted = torch.randn(3, 258), torch.empty(3 * 258 + 1)[1:].view(3, 258)
     shifted.copy_(x)
     with using(instruction_set):
@@ -250,7 +238,7 @@ def test_the_op_of_several_layers_passes_opcheck_and_is_that_of_one(backend, rot
 
 
 def test_the_op_refuses_codes_of_another_size():
-    layer = random_layer(METHODS["complex_phase_v2"], 24, 40)
+    layer = random_layer(METHODS["complex_phase_v2"], 24, 40, "cpu_exact")
     layer(torch.randn(1, 40))
     layout = list(layout_of(layer.scheme, "cpu_exact"))
     with pytest.raises(ValueError, match="a 24x80 layer needs"):
@@ -274,7 +262,7 @@ def test_a_layer_compiles_into_one_graph_and_runs_the_kernel(backend):
 
 def test_a_layer_compiled_before_its_codes_are_repacked_says_so_and_is_right(caplog, monkeypatch):
     monkeypatch.setattr("fairy2i.packed._told", set())
-    layer, x = random_layer(METHODS["complex_phase_v2"], 24, 40), torch.randn(3, 40)
+    layer, x = random_layer(METHODS["complex_phase_v2"], 24, 40, "cpu_exact"), torch.randn(3, 40)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     expected = x @ layer.dense_weight().T
     assert torch.equal(compiled(x), expected)
@@ -283,21 +271,14 @@ def test_a_layer_compiled_before_its_codes_are_repacked_says_so_and_is_right(cap
     assert torch.equal(compiled(x), layer(x))  # compiled anew, with the kernel
 
 
-def random_layer_like(layer):
-    new = PackedLinear(layer.in_features, layer.out_features, False, scheme=layer.scheme).eval()
-    new.load_state_dict(layer.state_dict())
-    new.backend = layer.backend
-    return new
-
-
 def test_the_input_gets_its_gradient_from_the_reference():
     layer, x = random_layer(METHODS["complex_phase_v2"], 24, 40, "auto"), torch.randn(3, 40, requires_grad=True)
     (grad,) = torch.autograd.grad(layer(x).sum(), x)
     assert torch.equal(grad, torch.ones(3, 24) @ layer.dense_weight())
 
 
-def test_the_state_dict_is_that_of_the_format_and_loads_into_a_layer_in_use(tmp_path):
-    layer, x = random_layer(METHODS["complex_phase_v3"], 24, 42), torch.randn(3, 42)
+def test_the_state_dict_is_that_of_the_format_and_loads_into_a_layer_in_use():
+    layer, x = random_layer(METHODS["complex_phase_v3"], 24, 42, "cpu_exact"), torch.randn(3, 42)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     y = layer(x)
     assert layer.words is not None
@@ -305,14 +286,14 @@ def test_the_state_dict_is_that_of_the_format_and_loads_into_a_layer_in_use(tmp_
     after = layer.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
-    other = random_layer(METHODS["complex_phase_v3"], 24, 42)
+    other = random_layer(METHODS["complex_phase_v3"], 24, 42, "cpu_exact")
     other(x)
     other.load_state_dict(after)
     assert torch.equal(other(x), y)
 
 
 def test_new_scales_are_seen_at_the_next_call():
-    layer, x = random_layer(METHODS["complex_phase_v2"], 24, 40), torch.randn(3, 40)
+    layer, x = random_layer(METHODS["complex_phase_v2"], 24, 40, "cpu_exact"), torch.randn(3, 40)
     y = layer(x)
     layer.scales = layer.scales * 2
     assert torch.allclose(layer(x), 2 * y, rtol=1e-6)
@@ -327,8 +308,8 @@ def test_threads_share_a_layer_that_was_never_used(team):
         cpu.library().fairy2i_set_parallel(None)
     try:
         for _ in range(10):
-            layer, x = random_layer(METHODS["complex_phase_v2"], 256, 512), torch.randn(3, 512)
-            expected, found = random_layer_like(layer)(x), []
+            layer, x = random_layer(METHODS["complex_phase_v2"], 256, 512, "cpu_exact"), torch.randn(3, 512)
+            expected, found = copy.deepcopy(layer)(x), []
             threads = [threading.Thread(target=lambda: found.append(layer(x))) for _ in range(4)]  # noqa: B023
             for thread in threads:
                 thread.start()
@@ -381,11 +362,8 @@ def test_layers_of_one_input_are_computed_together_and_nothing_changes(scheme, b
 
 
 def test_layers_that_turn_out_to_have_inputs_of_their_own_are_parted():
-    together, x = (
-        use_backend(Attention(METHODS["complex_phase_v2"], "cpu_exact", False), "cpu_exact"),
-        torch.randn(1, 80),
-    )
-    other = torch.randn(1, 80)
+    together = use_backend(Attention(METHODS["complex_phase_v2"], "auto", False), "cpu_exact")
+    x, other = torch.randn(1, 80), torch.randn(1, 80)
     expected = together.k_proj(other)
     for _ in range(3):
         assert torch.equal(together(x, other)[1], expected)
@@ -421,7 +399,7 @@ def test_one_line_is_logged(caplog, monkeypatch):
     monkeypatch.setattr("fairy2i.packed._told", set())
     with caplog.at_level(logging.INFO, "fairy2i.packed"):
         for _ in range(2):
-            random_layer(METHODS["complex_phase_v2"], 24, 40)(torch.randn(1, 40))
+            random_layer(METHODS["complex_phase_v2"], 24, 40, "cpu_exact")(torch.randn(1, 40))
     assert [record.message for record in caplog.records] == [
         f"packed layers: cpu_exact, {cpu.instruction_set()}, {torch.get_num_threads()} threads"
     ]
@@ -432,7 +410,6 @@ import logging, sys, torch
 logging.basicConfig(format="%(message)s")
 from fairy2i import METHODS, PackedLinear
 from fairy2i.packed import use_backend
-from fairy2i.rotation import rotate
 layer = PackedLinear(4, 4, scheme=METHODS["complex_phase_v2"]).eval()
 for _ in range(2):
     print(tuple(layer(torch.ones(1, 4)).shape), layer.backend_for())
@@ -477,12 +454,10 @@ def test_the_inner_loops_of_exact_have_no_multiplication(tmp_path):
         pytest.skip("needs objdump and g++")
     if "avx512" not in cpu.instruction_sets():
         pytest.skip("checked for x86")
-    flags = ["-std=c++17", "-O3", "-fPIC", "-mavx2", "-mfma", "-mf16c"]
-    wide = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
-    for name, more in (("portable", []), ("avx2", []), ("avx512", wide)):
+    for name in ("portable", "avx2", "avx512"):
         target = tmp_path / f"{name}.o"
-        base = flags if name != "portable" else flags[:3]
-        subprocess.run(["g++", *base, *more, "-w", "-c", CSRC / f"{name}.cpp", "-o", target], check=True)
+        command = ["g++", "-std=c++17", "-O3", "-fPIC", *VECTOR.get(name, []), "-w"]
+        subprocess.run([*command, "-c", CSRC / f"{name}.cpp", "-o", target], check=True)
         text = subprocess.run(["objdump", "-dC", target], capture_output=True, text=True, check=True).stdout
         loops = {}
         for block in text.split("\n\n"):
@@ -501,7 +476,7 @@ def test_the_inner_loops_of_exact_have_no_multiplication(tmp_path):
 
 SANITIZED = """
 import sys, torch
-sys.path[:0] = [{tests!r}, {ops!r}]
+sys.path.insert(0, {here!r})
 import test_cpu as t
 for scheme in t.SCHEMES[2:7] + t.SCHEMES[10:12] + t.SCHEMES[-3:]:
     for shape in t.SHAPES[1:3] + t.SHAPES[4:]:
@@ -522,12 +497,10 @@ def test_sanitizers_find_nothing(tmp_path):
         pytest.skip("needs g++")
     if "avx512" not in cpu.instruction_sets():
         pytest.skip("built here for x86")
-    wide = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
     objects = []
-    for name, more in (("dispatch", []), ("decoder", []), ("portable", []), ("avx2", []), ("avx512", wide)):
-        vector = ["-mavx2", "-mfma", "-mf16c", *more] if name.startswith("avx") else []
+    for name in ("dispatch", "decoder", "portable", "avx2", "avx512"):
         command = ["g++", "-std=c++17", "-O1", "-g", "-fPIC", "-w", "-fsanitize=address,undefined"]
-        command += ["-fno-sanitize-recover=all", "-DFAIRY2I_X86", *vector]
+        command += ["-fno-sanitize-recover=all", "-DFAIRY2I_X86", *VECTOR.get(name, [])]
         objects.append(tmp_path / f"{name}.o")
         subprocess.run([*command, "-c", CSRC / f"{name}.cpp", "-o", objects[-1]], check=True)
     library = tmp_path / "sanitized.so"
@@ -542,7 +515,7 @@ def test_sanitizers_find_nothing(tmp_path):
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
         "FAIRY2I_CPU_LIBRARY": str(library),
     }
-    script = SANITIZED.format(tests=str(Path(__file__).parents[1]), ops=str(Path(__file__).parent))
+    script = SANITIZED.format(here=str(Path(__file__).parent))
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "clean"

@@ -5,7 +5,6 @@ machine code of them; tests marked gpu run them for what they are.
 """
 
 import copy
-import importlib.util
 import os
 import subprocess
 import sys
@@ -13,24 +12,16 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from layers import DTYPES, NEEDS_TRITON, on_both, on_gpu, random_layer
 from torch import nn
 
-from fairy2i import METHODS, PackedLinear, PhaseScheme, RealScheme
+from fairy2i import METHODS, PhaseScheme, RealScheme
 from fairy2i.cli import main
 from fairy2i.ops import gpu
 from fairy2i.ops.inference import code_rows_and_columns, layout_of
 from fairy2i.packed import use_backend
-from fairy2i.packing import pack_codes
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-
-HERE = pytest.param(
-    "cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
-)
-GPU = pytest.param("cuda", marks=pytest.mark.gpu)
-on_both = pytest.mark.parametrize("device", [HERE, GPU])
-on_gpu = pytest.mark.parametrize("device", [GPU])
-
+pytestmark = NEEDS_TRITON
 SCHEMES = [
     *METHODS.values(),
     PhaseScheme(stages=4, granularity="row", scales="learned"),
@@ -42,21 +33,7 @@ SCHEMES = [
 ]
 SHAPES = [(2, 2), (22, 34), (6, 518)]
 BIG = [(2, 8192), (576, 1536), (1002, 334), (4096, 4096), (11008, 4096)]
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 WAYS = ["planes", "blocks", "dense"]
-
-
-def random_layer(scheme, out_features, in_features, device="cpu", bias=True):
-    """A layer of random codes and scales, none of which a quantizer need ever make."""
-    layer = PackedLinear(in_features, out_features, bias, scheme=scheme, device=device).eval()
-    codes = torch.randint(0, 4 if scheme.code_width == 2 else 2, scheme.code_shape(out_features, in_features))
-    if isinstance(scheme, RealScheme):
-        codes %= scheme.levels
-    layer.codes.copy_(pack_codes(codes.to(torch.uint8), scheme.code_width))
-    layer.scales.uniform_(0.1, 1.0)
-    if bias:
-        layer.bias.data.normal_()
-    return layer
 
 
 def words_and_layout(layer):
@@ -84,7 +61,7 @@ def check(layer, x, way):
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_codes_come_back_from_words(device, scheme):
     for out_features, in_features in SHAPES:
-        layer = random_layer(scheme, out_features, in_features, device)
+        layer = random_layer(scheme, out_features, in_features, device=device)
         words, layout = words_and_layout(layer)
         shape = code_rows_and_columns(out_features, in_features, layout[0])
         assert torch.equal(gpu.unpack(words, layer.codes.shape, shape, layout), layer.codes)
@@ -102,7 +79,7 @@ def test_every_way_is_as_exact_as_pytorch(device, scheme, way):
             [*SHAPES, *BIG] if scheme in (METHODS["complex_phase_v2"], METHODS["fairy2i_w2"]) else [*SHAPES, BIG[2]]
         )
     for out_features, in_features in shapes:
-        layer = random_layer(scheme, out_features, in_features, device)
+        layer = random_layer(scheme, out_features, in_features, bias=True, device=device)
         for dtype in DTYPES:
             for tokens in (1, 3, 70) if device == "cuda" else (3,):
                 x = torch.randn(tokens, in_features, device=device).to(dtype)
@@ -115,7 +92,7 @@ def test_every_way_is_as_exact_as_pytorch(device, scheme, way):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_and_one_sided_activations(device, dtype):
     """Sums of +-activations must not drown in the sum of all of them."""
-    layer = random_layer(METHODS["complex_phase_v2"], 6, 1100, device)
+    layer = random_layer(METHODS["complex_phase_v2"], 6, 1100, bias=True, device=device)
     for x in (torch.ones(2, 1100), torch.rand(2, 1100) + 3, torch.randn(2, 1100) * torch.randn(1100).mul(3).exp()):
         check(layer, x.to(device, dtype), "planes")
 
@@ -125,7 +102,7 @@ def test_large_and_one_sided_activations(device, dtype):
 def test_tokens_and_splits(device, tokens, split, monkeypatch):
     from fairy2i.ops.triton import multiply
 
-    layer = random_layer(PhaseScheme(granularity="row", scales="learned"), 22, 1200, device)
+    layer = random_layer(PhaseScheme(granularity="row", scales="learned"), 22, 1200, bias=True, device=device)
     for signs in (32, 128):
         config = multiply.Config(signs=signs, split=split)
         monkeypatch.setattr(multiply, "planes_config", lambda *_, config=config: config)
@@ -142,7 +119,7 @@ def test_tokens_and_splits(device, tokens, split, monkeypatch):
 def test_layers_of_one_input_are_one_call_and_nothing_saved_changes(device, scheme, monkeypatch):
     model = nn.Module()
     for name, size, bias in (("q_proj", 36, True), ("k_proj", 10, False), ("v_proj", 12, True)):
-        model.add_module(name, random_layer(scheme, size, 48, device, bias))
+        model.add_module(name, random_layer(scheme, size, 48, bias=bias, device=device))
     layers = [model.q_proj, model.k_proj, model.v_proj]
     model.forward = lambda x: [layer(x) for layer in layers]
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -170,7 +147,9 @@ def test_layers_of_one_input_are_one_call_and_nothing_saved_changes(device, sche
 @on_both
 def test_one_graph_with_joined_layers(device):
     scheme = METHODS["fairy2i_w2"]
-    model = nn.ModuleDict({name: random_layer(scheme, 20, 64, device) for name in ("gate_proj", "up_proj")})
+    model = nn.ModuleDict(
+        {name: random_layer(scheme, 20, 64, bias=True, device=device) for name in ("gate_proj", "up_proj")}
+    )
     model.forward = lambda x: model["gate_proj"](x) * model["up_proj"](x)
     use_backend(model, "gpu")
     x = torch.randn(1, 64, device=device)
@@ -184,7 +163,7 @@ def test_one_graph_with_joined_layers(device):
 @on_gpu
 @pytest.mark.parametrize("scheme", [METHODS["complex_phase_v2"], METHODS["fairy2i_w2"]], ids=str)
 def test_replayed_as_a_cuda_graph(device, scheme):
-    layer = use_backend(random_layer(scheme, 512, 1024, device), "gpu")
+    layer = use_backend(random_layer(scheme, 512, 1024, bias=True, device=device), "gpu")
     x = torch.randn(1, 1024, device=device).bfloat16()
     layer(x)
     graph = torch.cuda.CUDAGraph()
@@ -198,7 +177,7 @@ def test_replayed_as_a_cuda_graph(device, scheme):
 @on_both
 @pytest.mark.parametrize("scheme", [METHODS["complex_phase_v3"], METHODS["bitnet"]], ids=str)
 def test_opcheck(device, scheme):
-    layer = random_layer(scheme, 6, 10, device)
+    layer = random_layer(scheme, 6, 10, bias=True, device=device)
     words, layout = words_and_layout(layer)
     x = torch.randn(2, 10, device=device)
     torch.library.opcheck(
@@ -208,7 +187,7 @@ def test_opcheck(device, scheme):
 
 @on_both
 def test_no_tokens_and_wrong_sizes(device):
-    layer = random_layer(METHODS["complex_phase_v2"], 6, 10, device)
+    layer = random_layer(METHODS["complex_phase_v2"], 6, 10, bias=True, device=device)
     words, layout = words_and_layout(layer)
     assert gpu.linear(torch.zeros(0, 10, device=device), words, layer.scales, None, 6, layout).shape == (0, 6)
     with pytest.raises(ValueError, match="needs words of"):

@@ -4,10 +4,9 @@ On the processor Triton's interpreter runs them (tests/conftest.py turns it on),
 them for what they are.
 """
 
-import importlib.util
-
 import pytest
 import torch
+from layers import DTYPES, NEEDS_TRITON, on_both, on_gpu
 from torch import nn
 
 from fairy2i import METHODS, PhaseScheme, QATLinear
@@ -15,17 +14,8 @@ from fairy2i.ops import training as ops
 from fairy2i.phase_quant import SCALE_MIN, phase_dequantize, phase_quantize, phase_scale_gradient
 from fairy2i.reuse import KEPT, reuse_quantized
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-
-HERE = pytest.param(
-    "cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
-)
-GPU = pytest.param("cuda", marks=pytest.mark.gpu)
-on_both = pytest.mark.parametrize("device", [HERE, GPU])
-on_gpu = pytest.mark.parametrize("device", [GPU])
-
+pytestmark = NEEDS_TRITON
 run = torch.ops.fairy2i
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 GROUPS = [("tensor", 64), ("row", 64), ("tile", 5)]
 LAYOUTS = {
     "contiguous": lambda w: w,
