@@ -9,7 +9,6 @@ FAIRY2I_TRAINING_BACKEND=torch, or :func:`set_backend`, turns the kernels off; "
 Triton's interpreter (TRITON_INTERPRET=1) runs them on the processor.
 """
 
-import contextlib
 import importlib.util
 import os
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from ..granularity import Granularity, group_shape
 from ..phase_quant import SCALE_MIN, phase_dequantize, phase_quantize, phase_scale_gradient
+from .triton import on_device
 
 Backend = Literal["auto", "torch", "triton"]
 BACKENDS = ("auto", "torch", "triton")
@@ -85,10 +85,6 @@ def _scale_shape(n: int, m: int, stages: int, granularity: Any, tile: int) -> tu
     return (stages, 2, 2, *group_shape(n, m, granularity, tile))
 
 
-def _device(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
 def _outputs(weight: Tensor, stages: int, dtype: torch.dtype | None, codes: bool) -> tuple[Tensor, Tensor]:
     rows, cols = weight.shape
     dense = weight.new_empty((rows, cols) if dtype is not None else (0,), dtype=dtype or weight.dtype)
@@ -121,7 +117,7 @@ def _quantize_mean(
 
     dense, scales, blocks = _fake_mean(weight, stages, granularity, tile, dtype, codes)
     given = (None if dtype is None else dense, blocks if codes else None)
-    with _device(weight):
+    with on_device(weight):
         quantize(weight, scales, *given, stages=stages, granularity=granularity, tile=tile, mean=True)
     return dense, scales, blocks
 
@@ -151,7 +147,7 @@ def _quantize_given(
 
     dense, blocks = _outputs(weight, stages, dtype, codes)
     given = (None if dtype is None else dense, blocks if codes else None)
-    with _device(weight):
+    with on_device(weight):
         quantize(weight, scales.contiguous(), *given, stages=stages, granularity=granularity, tile=tile, mean=False)
     return dense, blocks
 
@@ -185,7 +181,7 @@ def _dequantize_blocks(
     from .triton.quantize import dequantize
 
     dense = _fake_blocks(blocks, scales, stages, granularity, tile, master, dtype, after)
-    with _device(blocks):
+    with on_device(blocks):
         dequantize(blocks, scales, dense, stages=stages, granularity=granularity, tile=tile, master=master)
     return dense
 
@@ -222,7 +218,7 @@ def _scale_gradient(
         return phase_scale_gradient(grad, codes, **settings)
     from .triton.quantize import scale_gradient
 
-    with _device(weight):
+    with on_device(weight):
         return scale_gradient(
             grad, weight, blocks, scales.contiguous(), stages=stages, granularity=granularity, tile=tile
         )

@@ -1,1 +1,17 @@
-"""Triton back-ends. Nothing here is imported, and neither is Triton, before a kernel is used."""
+"""Triton back-ends, and what their launches share. Triton is not imported before a kernel is used."""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def power(size: int) -> int:
+    """Return the least power of two that is at least ``size``."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def on_device(tensor: Tensor) -> Any:
+    """Return a context in which kernels are launched where the tensor is."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

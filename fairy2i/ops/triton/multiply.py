@@ -1,6 +1,5 @@
 """Launches of the kernels in :mod:`fairy2i.ops.triton.packed`: shapes of blocks and grids, and partial sums."""
 
-import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +9,7 @@ import triton
 from torch import Tensor
 
 from ..gpu import pieces
-from . import packed
+from . import on_device, packed, power
 
 INTERPRETED = triton.knobs.runtime.interpret  # its NumPy knows no bf16, and it cuts bits off where a GPU rounds
 Layout = Sequence[int]
@@ -39,21 +38,13 @@ class Config:
 TUNED: dict[tuple[int, int, int, int], Config] = {}
 
 
-def _power(size: int) -> int:
-    return 1 << max(size - 1, 0).bit_length()
-
-
-def _device(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
 def _processors(tensor: Tensor) -> int:
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 4
 
 
 def planes_columns(tokens: int, kind: int) -> int:
     """Return the columns of the product of a program: tokens, for phase codes twice, at most 32 of them."""
-    return min(max(_power(tokens * (2 if kind == 0 else 1)), 8), 32)
+    return min(max(power(tokens * (2 if kind == 0 else 1)), 8), 32)
 
 
 def planes_config(words: Tensor, columns: int) -> Config:
@@ -63,7 +54,7 @@ def planes_config(words: Tensor, columns: int) -> Config:
         return tuned
     programs = triton.cdiv(n * signs, 128)
     wanted = 2 * _processors(words)
-    split = min(_power(triton.cdiv(wanted, programs)), 8, chunks) if programs < wanted else 1
+    split = min(power(triton.cdiv(wanted, programs)), 8, chunks) if programs < wanted else 1
     return Config(split=split)
 
 
@@ -73,7 +64,7 @@ def blocks_config(words: Tensor, tokens: int) -> Config:
     rows = 64
     programs = triton.cdiv(n, rows) * triton.cdiv(tokens, 64)
     wanted = 2 * _processors(words)
-    split = min(_power(triton.cdiv(wanted, programs)), 8, chunks) if programs < wanted else 1
+    split = min(power(triton.cdiv(wanted, programs)), 8, chunks) if programs < wanted else 1
     return Config(signs=rows, warps=4, split=split)
 
 
@@ -125,7 +116,7 @@ def planes(
             num_warps=config.warps,
         )  # fmt: skip
 
-    with _device(x):
+    with on_device(x):
         _settle(run, y, bias, split)
 
 
@@ -145,7 +136,7 @@ def blocks(
     tokens = x.shape[0]
     config = config or blocks_config(words, tokens)
     split = min(config.split, chunks)
-    block = min(max(_power(tokens), 16), 64)
+    block = min(max(power(tokens), 16), 64)
     grid = (triton.cdiv(n, config.signs), split, triton.cdiv(tokens, block))
 
     def run(to: Tensor) -> None:
@@ -158,7 +149,7 @@ def blocks(
             num_warps=config.warps,
         )  # fmt: skip
 
-    with _device(x):
+    with on_device(x):
         _settle(run, y, bias, split)
 
 
@@ -176,7 +167,7 @@ def dense_weight(
     chunks, passes, n, signs, width = words.shape
     dense = torch.empty(out_features, in_features, dtype=torch.float32 if INTERPRETED else dtype, device=words.device)
     rows = 32
-    with _device(words):
+    with on_device(words):
         packed.write_dense[(triton.cdiv(n, rows), chunks)](
             words, scales, places, dense, n, in_features // (2 if kind == 0 else 1), tile, words.stride(0),
             words.stride(1), in_features,

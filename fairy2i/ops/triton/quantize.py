@@ -7,15 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import phase
+from . import phase, power
 
 PROGRAMS = 512  # at most, where one scale is of all entries; the same everywhere, so that results are
 INTERPRETED = triton.knobs.runtime.interpret  # it cuts bits off where a GPU rounds to nearest even
 MASTERS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-
-
-def _power(size: int) -> int:
-    return 1 << max(size - 1, 0).bit_length()
 
 
 def _sizes(matrix: Tensor) -> tuple[int, ...]:
@@ -31,14 +27,14 @@ def _chunk(n: int, m: int, granularity: str, tile: int, turned: bool = False, mo
     ``turned``: columns are contiguous. ``most``: blocks in a chunk.
     """
     if granularity == "tile":
-        cols = min(_power(min(tile, m)), 64)
-        rows = min(_power(min(tile, n)), most // cols)
+        cols = min(power(min(tile, m)), 64)
+        rows = min(power(min(tile, n)), most // cols)
     elif turned:
-        rows = min(_power(n), 16 if granularity == "row" else 64)
-        cols = min(_power(m), most // rows)
+        rows = min(power(n), 16 if granularity == "row" else 64)
+        cols = min(power(m), most // rows)
     else:
-        cols = min(_power(m), most if granularity == "row" else 1024)
-        rows = 1 if granularity == "row" else min(_power(n), 1024 // cols)
+        cols = min(power(m), most if granularity == "row" else 1024)
+        rows = 1 if granularity == "row" else min(power(n), 1024 // cols)
     return rows, cols, min(max(rows * cols // 256, 1), 8)
 
 
@@ -95,7 +91,7 @@ def _write(
     if granularity == "tensor":
         phase.write_tensor[(programs,)](
             weight, scales, partials, dense, codes, n, m, *layout, n * m, programs,
-            PROGRAMS=_power(programs), **kinds,
+            PROGRAMS=power(programs), **kinds,
         )  # fmt: skip
     else:
         groups = n if granularity == "row" else programs
@@ -115,7 +111,7 @@ def _sum_stages(weight: Tensor, scales: Tensor, sizes: tuple[int, ...], chunk: t
     for stage in range(stages):
         phase.sum_stage_of_tensor[(programs,)](
             weight, scales, partials, n, m, *layout, height, n * m,
-            STAGE=stage, PROGRAMS=_power(programs), BR=rows, BC=cols, OWN=_own(chunk),
+            STAGE=stage, PROGRAMS=power(programs), BR=rows, BC=cols, OWN=_own(chunk),
             num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
     return partials
