@@ -47,40 +47,58 @@ def planes_columns(tokens: int, kind: int) -> int:
     return min(max(power(tokens * (2 if kind == 0 else 1)), 8), 32)
 
 
+def _split(words: Tensor, programs: int) -> int:
+    """Return how many ranges of chunks give two programs to each processor."""
+    return min(power(triton.cdiv(2 * _processors(words), programs)), 8, words.shape[0])
+
+
 def planes_config(words: Tensor, columns: int) -> Config:
-    """Return the measured configuration for such words, or a guess: enough programs for four warps a processor."""
+    """Return the measured configuration of the planes kernel for such words, or a guess."""
     chunks, _, n, signs, _ = words.shape
-    if (tuned := TUNED.get((n, chunks, signs, columns))) is not None:
-        return tuned
-    programs = triton.cdiv(n * signs, 128)
-    wanted = 2 * _processors(words)
-    split = min(power(triton.cdiv(wanted, programs)), 8, chunks) if programs < wanted else 1
-    return Config(split=split)
+    tuned = TUNED.get((n, chunks, signs, columns))
+    return tuned or Config(split=_split(words, triton.cdiv(n * signs, 128)))
 
 
 def blocks_config(words: Tensor, tokens: int) -> Config:
     """Return a configuration of the blocks kernel."""
-    chunks, _, n, _, _ = words.shape
     rows = 64
-    programs = triton.cdiv(n, rows) * triton.cdiv(tokens, 64)
-    wanted = 2 * _processors(words)
-    split = min(power(triton.cdiv(wanted, programs)), 8, chunks) if programs < wanted else 1
-    return Config(signs=rows, warps=4, split=split)
+    return Config(signs=rows, warps=4, split=_split(words, triton.cdiv(words.shape[2], rows) * triton.cdiv(tokens, 64)))
 
 
-def _settle(run: Any, y: Tensor, bias: Tensor | None, split: int) -> None:
+def _multiply(
+    kernel: Any,
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    layout: Layout,
+    places: Tensor | None,
+    config: Config,
+    row_block: int,
+    token_block: int,
+    **more: Any,
+) -> None:
     """Let a kernel write ``y``, or partial sums that are then added; round in PyTorch where Triton is interpreted."""
-    rounded = y
+    kind, stages = layout[:2]
+    chunks, passes, n, signs, width = words.shape
+    tokens, features = x.shape
+    split = min(config.split, chunks)
+    whole = torch.empty_like(y, dtype=torch.float32) if INTERPRETED else y
+    to = whole if split == 1 else y.new_empty((split, *y.shape), dtype=torch.float32)
+    with on_device(x):
+        kernel[(triton.cdiv(n, row_block), split, triton.cdiv(tokens, token_block))](
+            x, words, scales, bias, places, to,
+            tokens, x.stride(0), y.shape[1], n, features // (2 if kind == 0 else 1),
+            chunks=chunks, chunk_stride=words.stride(0), pass_stride=words.stride(1),
+            KIND=kind, STAGES=stages, PASSES=passes, G=signs, BK=width, PLACES=places is not None, SPLIT=split,
+            BR=row_block, EXACT=INTERPRETED, num_warps=config.warps, **more,
+        )  # fmt: skip
+        if split > 1:
+            grid = (triton.cdiv(y.numel(), 512),)
+            packed.add_splits[grid](to, bias, whole, *y.shape, SPLIT=split, BLOCK=512, num_warps=4)
     if INTERPRETED:
-        y = torch.empty_like(y, dtype=torch.float32)
-    if split == 1:
-        run(y)
-    else:
-        parts = y.new_empty((split, *y.shape), dtype=torch.float32)
-        run(parts)
-        packed.add_splits[(triton.cdiv(y.numel(), 512),)](parts, bias, y, *y.shape, SPLIT=split, BLOCK=512, num_warps=4)
-    if INTERPRETED:
-        rounded.copy_(y)
+        y.copy_(whole)
 
 
 def planes(
@@ -94,30 +112,18 @@ def planes(
     config: Config | None = None,
 ) -> None:
     """Multiply (tokens, in_features), rows contiguous, into y; scales of the tensor or of rows."""
-    kind, stages, granularity = layout[:3]
-    chunks, passes, n, signs, width = words.shape
-    tokens = x.shape[0]
-    columns = planes_columns(tokens, kind)
+    kind, _, granularity = layout[:3]
+    _, _, n, signs, _ = words.shape
+    columns = planes_columns(x.shape[0], kind)
     config = config or planes_config(words, columns)
     rows = max(config.signs // signs, 1)
-    split = min(config.split, chunks)
-    halves = 2 if kind == 0 else 1
     count = pieces(x.dtype)
-    grid = (triton.cdiv(n, rows), split, triton.cdiv(tokens, columns // halves))
-
-    def run(to: Tensor) -> None:
-        packed.multiply_planes[grid](
-            x, words, scales, bias, places, to,
-            tokens, x.stride(0), y.shape[1], n, x.shape[1] // halves, chunks, words.stride(0), words.stride(1),
-            y.shape[1],
-            KIND=kind, STAGES=stages, PASSES=passes, G=signs, BK=width,
-            ROWS=granularity == 1, PLACES=places is not None, PIECES=count, MAGIC=config.magic and count < 3,
-            SPLIT=split, BR=rows, NC=columns, EVEN=n % rows == 0, DEPTH=config.depth, EXACT=INTERPRETED,
-            num_warps=config.warps,
-        )  # fmt: skip
-
-    with on_device(x):
-        _settle(run, y, bias, split)
+    _multiply(
+        packed.multiply_planes, x, words, scales, bias, y, layout, places, config,
+        row_block=rows, token_block=columns // (2 if kind == 0 else 1),
+        ROWS=granularity == 1, PIECES=count, MAGIC=config.magic and count < 3, NC=columns, EVEN=n % rows == 0,
+        DEPTH=config.depth,
+    )  # fmt: skip
 
 
 def blocks(
@@ -131,26 +137,14 @@ def blocks(
     config: Config | None = None,
 ) -> None:
     """Multiply (tokens, in_features), rows contiguous, into y; any scales."""
-    kind, stages, granularity, tile = layout[:4]
-    chunks, passes, n, signs, width = words.shape
     tokens = x.shape[0]
     config = config or blocks_config(words, tokens)
-    split = min(config.split, chunks)
     block = min(max(power(tokens), 16), 64)
-    grid = (triton.cdiv(n, config.signs), split, triton.cdiv(tokens, block))
-
-    def run(to: Tensor) -> None:
-        packed.multiply_blocks[grid](
-            x, words, scales, bias, places, to,
-            tokens, x.stride(0), y.shape[1], n, x.shape[1] // (2 if kind == 0 else 1), tile, chunks, words.stride(0),
-            words.stride(1), y.shape[1],
-            KIND=kind, STAGES=stages, PASSES=passes, G=signs, BK=width, GROUPS=granularity,
-            PLACES=places is not None, SPLIT=split, BR=config.signs, BM=block, EXACT=INTERPRETED,
-            num_warps=config.warps,
-        )  # fmt: skip
-
-    with on_device(x):
-        _settle(run, y, bias, split)
+    _multiply(
+        packed.multiply_blocks, x, words, scales, bias, y, layout, places, config,
+        row_block=config.signs, token_block=block,
+        tile=layout[3], GROUPS=layout[2], BM=block,
+    )  # fmt: skip
 
 
 def dense_weight(

@@ -75,9 +75,28 @@ def _sign(word, k: tl.constexpr, MAGIC: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
+def _store(
+    y, bias, places, total, total2, row, token, inside, n, tokens, y_stride,
+    KIND: tl.constexpr, PLACES: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Write the outputs of rows of the codes, with their bias, or a partial sum of them."""
+    out1 = tl.load(places + row, row < n, 0) if PLACES else row
+    out2 = tl.load(places + n + row, row < n, 0) if PLACES else row + n
+    at = y + (tl.program_id(1) * tokens + token).to(tl.int64)[None, :] * y_stride
+    if SPLIT == 1:
+        if bias is not None:
+            total += tl.load(bias + out1, row < n, 0.0).to(tl.float32)[:, None]
+            if KIND == 0:
+                total2 += tl.load(bias + out2, row < n, 0.0).to(tl.float32)[:, None]
+    tl.store(at + out1[:, None], total.to(y.dtype.element_ty), inside)
+    if KIND == 0:
+        tl.store(at + out2[:, None], total2.to(y.dtype.element_ty), inside)
+
+
+@triton.jit
 def multiply_planes(
     x, words, scales, bias, places, y,
-    tokens, x_stride, y_stride, n, m, chunks, chunk_stride, pass_stride, out_features,
+    tokens, x_stride, y_stride, n, m, chunks, chunk_stride, pass_stride,
     KIND: tl.constexpr, STAGES: tl.constexpr, PASSES: tl.constexpr, G: tl.constexpr, BK: tl.constexpr,
     ROWS: tl.constexpr, PLACES: tl.constexpr, PIECES: tl.constexpr, MAGIC: tl.constexpr, SPLIT: tl.constexpr,
     BR: tl.constexpr, NC: tl.constexpr, EVEN: tl.constexpr, DEPTH: tl.constexpr, EXACT: tl.constexpr,
@@ -156,17 +175,7 @@ def multiply_planes(
     if KIND == 1:  # a binary weight is twice half its sign
         scale = tl.load(scales + rows, rows < n, 0.0)[:, None] if ROWS else tl.load(scales)
         total = total * (scale * (2 // G))
-    out1 = tl.load(places + rows, rows < n, 0) if PLACES else rows
-    out2 = tl.load(places + n + rows, rows < n, 0) if PLACES else rows + n
-    at = y + (split * tokens + tokens_here).to(tl.int64)[None, :] * y_stride
-    if SPLIT == 1:
-        if bias is not None:
-            total += tl.load(bias + out1, rows < n, 0.0).to(tl.float32)[:, None]
-            if KIND == 0:
-                total2 += tl.load(bias + out2, rows < n, 0.0).to(tl.float32)[:, None]
-    tl.store(at + out1[:, None], total.to(y.dtype.element_ty), inside)
-    if KIND == 0:
-        tl.store(at + out2[:, None], total2.to(y.dtype.element_ty), inside)
+    _store(y, bias, places, total, total2, rows, tokens_here, inside, n, tokens, y_stride, KIND, PLACES, SPLIT)
 
 
 @triton.jit
@@ -259,7 +268,7 @@ def _weights(
 @triton.jit
 def multiply_blocks(
     x, words, scales, bias, places, y,
-    tokens, x_stride, y_stride, n, m, tile, chunks, chunk_stride, pass_stride, out_features,
+    tokens, x_stride, y_stride, n, m, tile, chunks, chunk_stride, pass_stride,
     KIND: tl.constexpr, STAGES: tl.constexpr, PASSES: tl.constexpr, G: tl.constexpr, BK: tl.constexpr,
     GROUPS: tl.constexpr, PLACES: tl.constexpr, SPLIT: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr,
     EXACT: tl.constexpr,
@@ -288,17 +297,7 @@ def multiply_blocks(
                     total2 = tl.dot(a21.to(kind), x1, total2, input_precision="ieee")
                     total2 = tl.dot(a22.to(kind), x2, total2, input_precision="ieee")
     inside = (row < n)[:, None] & (token < tokens)[None, :]
-    out1 = tl.load(places + row, row < n, 0) if PLACES else row
-    out2 = tl.load(places + n + row, row < n, 0) if PLACES else row + n
-    at = y + (split * tokens + token).to(tl.int64)[None, :] * y_stride
-    if SPLIT == 1:
-        if bias is not None:
-            total += tl.load(bias + out1, row < n, 0.0).to(tl.float32)[:, None]
-            if KIND == 0:
-                total2 += tl.load(bias + out2, row < n, 0.0).to(tl.float32)[:, None]
-    tl.store(at + out1[:, None], total.to(y.dtype.element_ty), inside)
-    if KIND == 0:
-        tl.store(at + out2[:, None], total2.to(y.dtype.element_ty), inside)
+    _store(y, bias, places, total, total2, row, token, inside, n, tokens, y_stride, KIND, PLACES, SPLIT)
 
 
 @triton.jit
