@@ -81,10 +81,6 @@ def from_blocks(blocks: Tensor, stages: int) -> Tensor:
 # Ops
 
 
-def _scale_shape(n: int, m: int, stages: int, granularity: Any, tile: int) -> tuple[int, ...]:
-    return (stages, 2, 2, *group_shape(n, m, granularity, tile))
-
-
 def _outputs(weight: Tensor, stages: int, dtype: torch.dtype | None, codes: bool) -> tuple[Tensor, Tensor]:
     rows, cols = weight.shape
     dense = weight.new_empty((rows, cols) if dtype is not None else (0,), dtype=dtype or weight.dtype)
@@ -92,7 +88,7 @@ def _outputs(weight: Tensor, stages: int, dtype: torch.dtype | None, codes: bool
     return dense, weight.new_empty(shape, dtype=torch.uint8)
 
 
-def _by_reference(
+def _quantize(
     weight: Tensor,
     scales: Tensor | None,
     stages: int,
@@ -101,33 +97,38 @@ def _by_reference(
     dtype: torch.dtype | None,
     codes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dense, blocks = _outputs(weight, stages, None, False)
-    found, used = phase_quantize(weight, stages=stages, granularity=granularity, tile=tile, scales=scales)
-    if dtype is not None:
-        dense = phase_dequantize(found, used, granularity=granularity, tile=tile).to(weight.dtype).to(dtype)
-    return dense, used, to_blocks(found) if codes else blocks
+    """Return the dense weight, the scales, means where none are given, and the block codes."""
+    if not fused(weight, stages):
+        dense, blocks = _outputs(weight, stages, None, False)
+        found, used = phase_quantize(weight, stages=stages, granularity=granularity, tile=tile, scales=scales)
+        if dtype is not None:
+            dense = phase_dequantize(found, used, granularity=granularity, tile=tile).to(weight.dtype).to(dtype)
+        return dense, used, to_blocks(found) if codes else blocks
+    from .triton.quantize import quantize
+
+    if mean := scales is None:
+        dense, used, blocks = _fake_mean(weight, stages, granularity, tile, dtype, codes)
+    else:
+        dense, blocks = _outputs(weight, stages, dtype, codes)
+        used = scales.contiguous()
+    given = (None if dtype is None else dense, blocks if codes else None)
+    with on_device(weight):
+        quantize(weight, used, *given, stages=stages, granularity=granularity, tile=tile, mean=mean)
+    return dense, used, blocks
 
 
 def _quantize_mean(
     weight: Tensor, stages: int, granularity: Granularity, tile: int, dtype: torch.dtype | None, codes: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not fused(weight, stages):
-        return _by_reference(weight, None, stages, granularity, tile, dtype, codes)
-    from .triton.quantize import quantize
-
-    dense, scales, blocks = _fake_mean(weight, stages, granularity, tile, dtype, codes)
-    given = (None if dtype is None else dense, blocks if codes else None)
-    with on_device(weight):
-        quantize(weight, scales, *given, stages=stages, granularity=granularity, tile=tile, mean=True)
-    return dense, scales, blocks
+    return _quantize(weight, None, stages, granularity, tile, dtype, codes)
 
 
 def _fake_mean(
     weight: Tensor, stages: int, granularity: Granularity, tile: int, dtype: torch.dtype | None, codes: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    shape = _scale_shape(weight.shape[0] // 2, weight.shape[1] // 2, stages, granularity, tile)
+    groups = group_shape(weight.shape[0] // 2, weight.shape[1] // 2, granularity, tile)
     dense, blocks = _outputs(weight, stages, dtype, codes)
-    return dense, weight.new_empty(shape, dtype=torch.float32), blocks
+    return dense, weight.new_empty((stages, 2, 2, *groups), dtype=torch.float32), blocks
 
 
 def _quantize_given(
@@ -140,15 +141,7 @@ def _quantize_given(
     codes: bool,
     after: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    if not fused(weight, stages):
-        dense, _, blocks = _by_reference(weight, scales, stages, granularity, tile, dtype, codes)
-        return dense, blocks
-    from .triton.quantize import quantize
-
-    dense, blocks = _outputs(weight, stages, dtype, codes)
-    given = (None if dtype is None else dense, blocks if codes else None)
-    with on_device(weight):
-        quantize(weight, scales.contiguous(), *given, stages=stages, granularity=granularity, tile=tile, mean=False)
+    dense, _, blocks = _quantize(weight, scales, stages, granularity, tile, dtype, codes)
     return dense, blocks
 
 
