@@ -46,8 +46,9 @@ def _load_blocks(matrix, rows, cols, row_stride, col_stride, down, right, inside
 
 
 @triton.jit
-def _parts(a11, a12, a21, a22):
-    """Return (Re U, Im U, Re W, Im W)."""
+def _load_parts(weight, rows, cols, row_stride, col_stride, down, right, inside):
+    """Return (Re U, Im U, Re W, Im W) at (rows, cols) as float32, 0 outside."""
+    a11, a12, a21, a22 = _load_blocks(weight, rows, cols, row_stride, col_stride, down, right, inside)
     return (a11 + a22) * 0.5, (a21 - a12) * 0.5, (a11 - a22) * 0.5, (a12 + a21) * 0.5
 
 
@@ -68,18 +69,17 @@ def _units(p_positive, q_positive):
 
 
 @triton.jit
-def _scaled_unit(p_positive, real, scale_re, scale_im):
-    """Return scale times unit, (re, im), as a product would be: NaN where an infinite scale meets a zero."""
-    re = tl.where(real, tl.where(p_positive, scale_re, -scale_re), scale_re * 0.0)
-    im = tl.where(real, scale_im * 0.0, tl.where(p_positive, scale_im, -scale_im))
-    return re, im
+def _times_unit(p_positive, real, re, im):
+    """Return (re, im) times unit, part by part, as products would be: NaN where an infinite one meets a zero."""
+    re_unit = tl.where(real, tl.where(p_positive, re, -re), re * 0.0)
+    im_unit = tl.where(real, im * 0.0, tl.where(p_positive, im, -im))
+    return re_unit, im_unit
 
 
 @triton.jit
 def _magnitudes(re, im, p_positive, real, inside):
     """Return value times unit, (re, im): the magnitude where the unit is on this axis, else 0; and 0 outside."""
-    re = tl.where(real, tl.where(p_positive, re, -re), re * 0.0)
-    im = tl.where(real, im * 0.0, tl.where(p_positive, im, -im))
+    re, im = _times_unit(p_positive, real, re, im)
     return tl.where(inside, re, 0.0), tl.where(inside, im, 0.0)
 
 
@@ -123,8 +123,8 @@ def _residual(re_u, im_u, re_w, im_w, known, STAGES: tl.constexpr):
     for t in tl.static_range(STAGES):
         p_u, q_u = _encode(re_u, im_u)
         p_w, q_w = _encode(re_w, im_w)
-        off_re_u, off_im_u = _scaled_unit(p_u, p_u == q_u, known[4 * t], known[4 * t + 1])
-        off_re_w, off_im_w = _scaled_unit(p_w, p_w == q_w, known[4 * t + 2], known[4 * t + 3])
+        off_re_u, off_im_u = _times_unit(p_u, p_u == q_u, known[4 * t], known[4 * t + 1])
+        off_re_w, off_im_w = _times_unit(p_w, p_w == q_w, known[4 * t + 2], known[4 * t + 3])
         re_u -= off_re_u
         im_u -= off_im_u
         re_w -= off_re_w
@@ -136,6 +136,12 @@ def _residual(re_u, im_u, re_w, im_w, known, STAGES: tl.constexpr):
 def _own_sum(x, OWN: tl.constexpr):
     """Add up OWN neighbours of a row, those of one thread, to take fewer registers: (BR, BC) -> (BR, BC / OWN)."""
     return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // OWN, OWN]), 2)
+
+
+@triton.jit
+def _group_sum(x, ROWS: tl.constexpr):
+    """Add up each row, (BR, 1), or all."""
+    return tl.sum(x, 1)[:, None] if ROWS else tl.sum(x)
 
 
 @triton.jit
@@ -153,8 +159,7 @@ def _stage_sums(
     for r in range(r_begin, r_end, BR):
         for c in range(c_begin, c_end, BC):
             rows, cols, inside = _places(r, r_end, c, c_end, BR, BC)
-            a11, a12, a21, a22 = _load_blocks(weight, rows, cols, row_stride, col_stride, down, right, inside)
-            re_u, im_u, re_w, im_w = _parts(a11, a12, a21, a22)
+            re_u, im_u, re_w, im_w = _load_parts(weight, rows, cols, row_stride, col_stride, down, right, inside)
             re_u, im_u, re_w, im_w = _residual(re_u, im_u, re_w, im_w, known, STAGE)
             p_u, q_u = _encode(re_u, im_u)
             p_w, q_w = _encode(re_w, im_w)
@@ -208,8 +213,7 @@ def _write(
             rows, cols, inside = _places(r, r_end, c, c_end, BR, BC)
             block = rows[:, None] * m + cols[None, :]
             if not FROM_CODES:
-                a11, a12, a21, a22 = _load_blocks(weight, rows, cols, row_stride, col_stride, down, right, inside)
-                re_u, im_u, re_w, im_w = _parts(a11, a12, a21, a22)
+                re_u, im_u, re_w, im_w = _load_parts(weight, rows, cols, row_stride, col_stride, down, right, inside)
             for t in tl.static_range(STAGES):
                 if FROM_CODES:
                     if t % 2 == 0:
@@ -229,8 +233,8 @@ def _write(
                             byte += nibble * 16
                         if t % 2 == 1 or t == STAGES - 1:
                             tl.store(codes + (t // 2) * plane + block, byte.to(tl.uint8), inside)
-                add_re_u, add_im_u = _scaled_unit(p_u, real_u, known[4 * t], known[4 * t + 1])
-                add_re_w, add_im_w = _scaled_unit(p_w, real_w, known[4 * t + 2], known[4 * t + 3])
+                add_re_u, add_im_u = _times_unit(p_u, real_u, known[4 * t], known[4 * t + 1])
+                add_re_w, add_im_w = _times_unit(p_w, real_w, known[4 * t + 2], known[4 * t + 3])
                 if t == 0:
                     out_re_u, out_im_u, out_re_w, out_im_w = add_re_u, add_im_u, add_re_w, add_im_w
                 else:
@@ -276,16 +280,12 @@ def sum_stage_of_tensor(
         if program == 0:
             _store_four(scales, 4 * (STAGE - 1), 1, 0, last, True, False)
         known = known + last
-    sum_re_u, sum_im_u, sum_re_w, sum_im_w, real_u, real_w = _stage_sums(
+    sums = _stage_sums(
         weight, row_stride, col_stride, down, right, r_begin, r_end, c_begin, c_end, known, STAGE, BR, BC, OWN
     )
     at = partials + STAGE * 6 * programs + program
-    tl.store(at, tl.sum(sum_re_u))
-    tl.store(at + programs, tl.sum(sum_im_u))
-    tl.store(at + 2 * programs, tl.sum(sum_re_w))
-    tl.store(at + 3 * programs, tl.sum(sum_im_w))
-    tl.store(at + 4 * programs, tl.sum(real_u).to(tl.float64))
-    tl.store(at + 5 * programs, tl.sum(real_w).to(tl.float64))
+    for i in tl.static_range(6):
+        tl.store(at + i * programs, tl.sum(sums[i]).to(tl.float64))
 
 
 @triton.jit(do_not_specialize=["height", "entries", "summed"])
@@ -331,25 +331,15 @@ def write_groups(
             sum_re_u, sum_im_u, sum_re_w, sum_im_w, real_u, real_w = _stage_sums(
                 weight, row_stride, col_stride, down, right, r_begin, r_end, c_begin, c_end, known, t, BR, BC, OWN
             )
-            if ROWS:
-                count_u = tl.sum(real_u, 1)[:, None].to(tl.float64)
-                count_w = tl.sum(real_w, 1)[:, None].to(tl.float64)
-                four = (
-                    _mean(tl.sum(sum_re_u, 1)[:, None], count_u),
-                    _mean(tl.sum(sum_im_u, 1)[:, None], m - count_u),
-                    _mean(tl.sum(sum_re_w, 1)[:, None], count_w),
-                    _mean(tl.sum(sum_im_w, 1)[:, None], m - count_w),
-                )
-            else:
-                count_u = tl.sum(real_u).to(tl.float64)
-                count_w = tl.sum(real_w).to(tl.float64)
-                entries = (r_end - r_begin) * (c_end - c_begin)
-                four = (
-                    _mean(tl.sum(sum_re_u), count_u),
-                    _mean(tl.sum(sum_im_u), entries - count_u),
-                    _mean(tl.sum(sum_re_w), count_w),
-                    _mean(tl.sum(sum_im_w), entries - count_w),
-                )
+            count_u = _group_sum(real_u, ROWS).to(tl.float64)
+            count_w = _group_sum(real_w, ROWS).to(tl.float64)
+            entries = m if ROWS else (r_end - r_begin) * (c_end - c_begin)
+            four = (
+                _mean(_group_sum(sum_re_u, ROWS), count_u),
+                _mean(_group_sum(sum_im_u, ROWS), entries - count_u),
+                _mean(_group_sum(sum_re_w, ROWS), count_w),
+                _mean(_group_sum(sum_im_w, ROWS), entries - count_w),
+            )
             _store_four(scales, 4 * t, groups, group, four, mine, ROWS)
             known = known + four
     else:
@@ -388,8 +378,7 @@ def sum_scale_gradients(
             )
             grad_re_u, grad_im_u, grad_re_w, grad_im_w = g11 + g22, g21 - g12, g11 - g22, g12 + g21
             if not FROM_CODES:
-                a11, a12, a21, a22 = _load_blocks(weight, rows, cols, row_stride, col_stride, down, right, inside)
-                re_u, im_u, re_w, im_w = _parts(a11, a12, a21, a22)
+                re_u, im_u, re_w, im_w = _load_parts(weight, rows, cols, row_stride, col_stride, down, right, inside)
             more = ()
             for t in tl.static_range(STAGES):
                 if FROM_CODES:
