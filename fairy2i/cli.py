@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import TextStreamer, set_seed
 from transformers.utils.logging import disable_progress_bar, set_verbosity_warning
 
 from ._version import __version__
+from .allocate import CHOICE_TOKENS, allocate_stages
 from .calibrate import calibrate
 from .convert import ConversionReport, Method, convert_to_inference_mode, replace_modules_for_qat
 from .evaluation.table import markdown_table
@@ -23,6 +25,7 @@ from .inspection import LayerInfo, inspect_layers, summarize
 from .loading import (
     DTYPES,
     check_learned_rows,
+    check_phase_codes,
     context_length,
     default_device,
     load_config,
@@ -37,6 +40,7 @@ from .packed import DEFAULT as PACKED_DEFAULT
 from .packed import keep_dense_weights, use_backend
 from .plotting import WeightHistograms, check_plot_file, draw
 from .saving import atomic_folder
+from .schemes import PhaseScheme
 from .streaming import NotStreamable, check_method, is_trained, pack_checkpoint
 
 PACKAGES = {  # name: what an optional one is for
@@ -136,7 +140,8 @@ def build_parser() -> argparse.ArgumentParser:
         "  fairy2i quantize outputs/my-w2 my-w2-packed                           # a QAT checkpoint\n"
         "  fairy2i quantize MODEL model-w2-packed --method complex_phase_v2      # a plain one\n"
         "  fairy2i quantize MODEL model-w4-packed --calibrate my_text.txt \\\n"
-        '    --method \'{"kind": "phase", "stages": 4, "granularity": "row", "scales": "learned"}\'',
+        '    --method \'{"kind": "phase", "stages": 4, "granularity": "row", "scales": "learned"}\'\n'
+        "  fairy2i quantize MODEL model-w2.5-packed --method fairy2i_w2 --bits 2.5 --calibrate my_text.txt",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_model(quantize)
@@ -155,6 +160,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--calibrate_length",
         type=int,
         help=f"tokens in a sequence (default {CALIBRATION_LENGTH:,}, or the model's context where that is shorter)",
+    )
+    quantize.add_argument(
+        "--bits",
+        type=float,
+        help="mean bits per weight over the quantized layers, scales counted, as 2.5: each layer gets 1 to 4 stages "
+        "of the method, more where the text of --calibrate says that they lower the loss more",
     )
     quantize.add_argument("--device", help="where to calibrate (default: the GPU if there is one, else cpu)")
     quantize.set_defaults(run=run_quantize)
@@ -232,6 +243,8 @@ def run_quantize(args: argparse.Namespace) -> None:
     for name in ("calibrate_tokens", "calibrate_length", "device"):
         if getattr(args, name) is not None and not args.calibrate:
             raise ValueError(f"--{name} is for calibration only; give a text with --calibrate, or leave it out")
+    if args.bits is not None and not args.calibrate:
+        raise ValueError("--bits needs a text that says which layers matter; give one with --calibrate")
     method, report = parse_method(args.method), None
     if not (args.gguf_file or args.dequantized or args.calibrate):
         try:
@@ -260,15 +273,22 @@ def _quantize_in_memory(args: argparse.Namespace, method: Method | None) -> Conv
             raise ValueError(f"{args.model} is a QAT checkpoint and is packed as it was trained; leave out --calibrate")
         check_method(args.model, trained, method, args.skip_lm_head is not None)
         method = {} if method is None else method
+        if args.bits is not None:
+            check_phase_codes(method)
         if args.calibrate:
             check_learned_rows(method)
             count, length = _calibration_size(args, context_length(config))
             documents = read_documents(args.calibrate)
         model, tokenizer = _load(args)
-        report = replace_modules_for_qat(model, method, args.skip_lm_head)
         if args.calibrate:
             tokens = _first_tokens(documents, tokenizer, count, length)
             move_to_device(model, args.device or default_device())
+        if args.bits is not None:
+            some = tokens[: max(CHOICE_TOKENS // length, 1)]
+            method = chosen = allocate_stages(model, some, method, args.bits, skip_lm_head=args.skip_lm_head)
+            print(f"layers by stages, {args.bits:g} bits per weight at most:\n{_stages_table(chosen)}")
+        report = replace_modules_for_qat(model, method, args.skip_lm_head)
+        if args.calibrate:
             kept = _calibrated_blocks(args.output)
             if os.path.isdir(kept):
                 print(f"going on with the blocks that are in {kept}", file=sys.stderr)
@@ -286,6 +306,16 @@ def _quantize_in_memory(args: argparse.Namespace, method: Method | None) -> Conv
 def _calibrated_blocks(output: str) -> str:
     """Return the folder beside the output for what a calibration is done with, until all of it is."""
     return os.path.realpath(os.path.expanduser(output)) + ".calibration"
+
+
+def _stages_table(chosen: Mapping[str, PhaseScheme]) -> str:
+    """Return how many layers have how many stages, by the last part of their names."""
+    counts: dict[str, Counter[int]] = {}
+    for name, scheme in chosen.items():
+        counts.setdefault(name.rpartition(".")[2], Counter())[scheme.stages] += 1
+    stages = sorted({scheme.stages for scheme in chosen.values()})
+    rows = [[name, *(count[number] or "" for number in stages)] for name, count in counts.items()]
+    return markdown_table(["stages", *map(str, stages)], rows)
 
 
 def _calibration_size(args: argparse.Namespace, context: int | None) -> tuple[int, int]:

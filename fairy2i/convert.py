@@ -110,7 +110,8 @@ def _first_match(name: str, patterns: Iterable[str], names: set[str]) -> str | N
     return next((pattern for pattern in patterns if _matches(name, pattern, pattern in names)), None)
 
 
-def _is_conv1d(module: nn.Module) -> bool:
+def is_conv1d(module: nn.Module) -> bool:
+    """Return whether a module is the Conv1D of transformers (GPT-2): a linear layer whose weight is (in, out)."""
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
@@ -119,7 +120,7 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[int,
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | PackedLinear):
             yield name, module, (module.out_features, module.in_features)
-        elif _is_conv1d(module):
+        elif is_conv1d(module):
             yield name, module, (module.nf, module.nx)
 
 
@@ -194,36 +195,23 @@ def _check_not_quantized(model: nn.Module) -> None:
         raise ValueError(f"this model is already quantized by {theirs}; load it in full precision (bfloat16) first")
 
 
-def replace_modules_for_qat(
+def plan_replacement(
     model: nn.Module,
     method: Method,
     skip_lm_head: bool | None = None,
     skip_modules: Iterable[str] = (),
-) -> ConversionReport:
-    """Replace the linear layers of a model by QATLinear, in place, for quantization-aware training.
-
-    Parameters are shared, not copied: the state dict keeps its keys (plus ``scales`` where a scheme learns them) and an
-    optimizer made before still holds the same weights. nn.Linear and the Conv1D of transformers (GPT-2) are replaced;
-    embeddings and norms never. Layers a scheme cannot take (odd sizes) are skipped and reported. Calling it again is
-    harmless: layers that are QATLinear already stay as they are.
+) -> tuple[ConversionReport, list[tuple[nn.Module, Scheme]]]:
+    """Return what :func:`replace_modules_for_qat` would report and the layers it would replace; nothing changes.
 
     Args:
-        model: any module, on any device ("meta" too), in any floating dtype.
-        method: a name from METHODS, a scheme, or a mapping {pattern: name, scheme or None}; the first pattern that
-            matches a layer counts, None and no match leave it in full precision.
-        skip_lm_head: None quantizes an output head with a weight of its own and leaves one that is tied to the
-            embedding; True leaves it, False quantizes it. A tied head goes on sharing the embedding's Parameter.
-        skip_modules: patterns of layers to leave alone.
+        model, method, skip_lm_head, skip_modules: as for replace_modules_for_qat.
 
     Returns:
-        The report: what was replaced, what was skipped and why, true bits per weight.
+        The report, without ``unreachable``; and each layer that is not a QATLinear yet with its scheme, in the order
+        in which the report has them.
 
     Raises:
-        ValueError: unknown method; a pattern of the mapping matches no layer; NaN or infinite weights (names the
-            module); the model is already quantized; nothing to replace (names the modules seen); learned scales of a
-            weight that accelerate offloaded.
-
-    Source: arXiv 2512.02901, section 4.
+        ValueError: as replace_modules_for_qat.
     """
     rules = dict(method) if isinstance(method, Mapping) else {"*": method}
     schemes = {pattern: None if value is None else resolve_method(value) for pattern, value in rules.items()}
@@ -258,7 +246,7 @@ def replace_modules_for_qat(
             reason = "skip_lm_head"
         elif module is head and skip_lm_head is None and _is_tied(model, module, embeddings):
             reason = "tied to the embedding (skip_lm_head=False quantizes it)"
-        elif type(module) is not nn.Linear and not _is_conv1d(module):
+        elif type(module) is not nn.Linear and not is_conv1d(module):
             reason = f"{type(module).__name__} is its own kind of linear layer"
         elif scheme is None:
             reason = "no pattern of the method asks for it"
@@ -282,11 +270,45 @@ def replace_modules_for_qat(
         logger.warning("skip_modules: no linear layer matches %s", _some(list(map(repr, unmatched))))
     if not report.replaced:
         raise ValueError(f"nothing to replace.{_because(report)} {_seen(model, layers)}")
+    return report, plan
 
+
+def replace_modules_for_qat(
+    model: nn.Module,
+    method: Method,
+    skip_lm_head: bool | None = None,
+    skip_modules: Iterable[str] = (),
+) -> ConversionReport:
+    """Replace the linear layers of a model by QATLinear, in place, for quantization-aware training.
+
+    Parameters are shared, not copied: the state dict keeps its keys (plus ``scales`` where a scheme learns them) and an
+    optimizer made before still holds the same weights. nn.Linear and the Conv1D of transformers (GPT-2) are replaced;
+    embeddings and norms never. Layers a scheme cannot take (odd sizes) are skipped and reported. Calling it again is
+    harmless: layers that are QATLinear already stay as they are.
+
+    Args:
+        model: any module, on any device ("meta" too), in any floating dtype.
+        method: a name from METHODS, a scheme, or a mapping {pattern: name, scheme or None}; the first pattern that
+            matches a layer counts, None and no match leave it in full precision.
+        skip_lm_head: None quantizes an output head with a weight of its own and leaves one that is tied to the
+            embedding; True leaves it, False quantizes it. A tied head goes on sharing the embedding's Parameter.
+        skip_modules: patterns of layers to leave alone.
+
+    Returns:
+        The report: what was replaced, what was skipped and why, true bits per weight.
+
+    Raises:
+        ValueError: unknown method; a pattern of the mapping matches no layer; NaN or infinite weights (names the
+            module); the model is already quantized; nothing to replace (names the modules seen); learned scales of a
+            weight that accelerate offloaded.
+
+    Source: arXiv 2512.02901, section 4.
+    """
+    report, plan = plan_replacement(model, method, skip_lm_head, skip_modules)
     _replace_everywhere(
         model,
         {
-            module: QATLinear.from_linear(module, scheme, _is_conv1d(module))
+            module: QATLinear.from_linear(module, scheme, is_conv1d(module))
             for module, scheme in _progress(plan, "Quantizing")
         },
     )

@@ -128,14 +128,28 @@ def parse_method(text: str | dict[str, Any] | None) -> Method | None:
     return mapping
 
 
+def _schemes(method: Method) -> list[Scheme]:
+    parts = list(method.values()) if isinstance(method, Mapping) else [method]
+    return [resolve_method(part) for part in parts if part is not None]
+
+
+def check_phase_codes(method: Method) -> None:
+    """Raise unless all layers of a method have phase codes, and so stages to choose.
+
+    Raises:
+        ValueError: names the scheme that has none.
+    """
+    if others := [scheme for scheme in _schemes(method) if not isinstance(scheme, PhaseScheme)]:
+        raise ValueError(f"--bits chooses the stages of phase codes, and {method_name(others[0])} has none")
+
+
 def check_learned_rows(method: Method) -> None:
     """Raise unless a method has what calibration fits: phase codes with learned row scales, for some layers at least.
 
     Raises:
         ValueError: shows a method that has.
     """
-    parts = list(method.values()) if isinstance(method, Mapping) else [method]
-    schemes = [resolve_method(part) for part in parts if part is not None]
+    schemes = _schemes(method)
     if not any(isinstance(s, PhaseScheme) and s.learned and s.granularity == "row" for s in schemes):
         example = json.dumps({"kind": "phase", "stages": 2, "granularity": "row", "scales": "learned"})
         names = ", ".join(map(method_name, schemes)) or "no method at all"

@@ -12,16 +12,19 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainingArguments, default_data_collator, set_seed
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
+from ..allocate import CHOICE_TOKENS, allocate_stages
 from ..calibrate import calibrate
 from ..convert import Method, replace_modules_for_qat
+from ..integrations.transformers import Fairy2iConfig
 from ..loading import (
     check_learned_rows,
+    check_phase_codes,
     context_length,
     load_config,
     load_model_and_tokenizer,
@@ -68,6 +71,13 @@ class QATArguments:
     calibrate_tokens: int = field(
         default=0,
         metadata={"help": "Tokens of --data to calibrate on before training (learned row scales only). 0: none."},
+    )
+    bits: float | None = field(
+        default=None,
+        metadata={
+            "help": "Mean bits per weight of the quantized layers, scales counted: each layer gets 1 to 4 stages of "
+            "--quant_method, more where the first tokens of --data say that they lower the loss more."
+        },
     )
     distill: float = field(
         default=0.0,
@@ -466,6 +476,22 @@ def _check_calibration(qat: QATArguments, args: TrainingArguments, method: Metho
         raise ValueError(f"--calibrate_tokens {qat.calibrate_tokens} is less than one block of {qat.block_size}")
 
 
+def _check_bits(qat: QATArguments, args: TrainingArguments, method: Method | None) -> None:
+    """Raise if stages are to be chosen where they cannot be.
+
+    Raises:
+        ValueError: says what it needs.
+    """
+    if qat.bits is None:
+        return
+    if method is None or args.world_size > 1 or _is_sharded(args):
+        raise ValueError(
+            "--bits is for one process and a quantized model; for more processes train one step with it in one "
+            "process, and start the others from the model that it saves"
+        )
+    check_phase_codes(method)
+
+
 def _check_data(qat: QATArguments, max_steps: int) -> None:
     """Find the texts, without reading them.
 
@@ -508,6 +534,7 @@ def _check_arguments(qat: QATArguments, args: QATTrainingArguments) -> tuple[Met
     if context and qat.block_size > context:
         raise ValueError(f"--block_size {qat.block_size} is longer than the model's context of {context}")
     _check_calibration(qat, args, method)
+    _check_bits(qat, args, method)
     return method, _check_distillation(qat, method is not None), checkpoint
 
 
@@ -556,21 +583,35 @@ def _load_data(
         return train_data, _load_blocks(qat.eval_data, qat.eval_split or qat.data_split, qat, model, tokenizer)
 
 
-def _calibrate(model: nn.Module, data: Any, tokens: int, block_size: int) -> None:
-    """Calibrate a converted model on the first blocks of the training text, in place.
+def _first_blocks(data: Any, tokens: int, block_size: int) -> Tensor:
+    """Return the first blocks of the training text, int64 (blocks, block_size): at most so many tokens, or one block.
 
     Raises:
-        ValueError: there is no block, or a layer without learned row scales.
+        ValueError: there is no block.
     """
-    count = tokens // block_size
+    count = max(tokens // block_size, 1)
     blocks = [torch.as_tensor(block["input_ids"]) for block in itertools.islice(iter(data), count)]
     if not blocks:
         raise ValueError("the text has not one block to calibrate on")
-    done = calibrate(model, torch.stack(blocks).long())
+    return torch.stack(blocks).long()
+
+
+def _calibrate(model: nn.Module, tokens: Tensor) -> None:
+    """Calibrate a converted model on the first blocks of the training text, in place.
+
+    Raises:
+        ValueError: there is a layer without learned row scales.
+    """
+    done = calibrate(model, tokens)
     before, after = (sum(getattr(layer, when) for layer in done) / len(done) for when in ("before", "after"))
-    logger.info(
-        "calibrated %d layers on %d tokens: mean error %.4f -> %.4f", len(done), len(blocks) * block_size, before, after
-    )
+    logger.info("calibrated %d layers on %d tokens: mean error %.4f -> %.4f", len(done), tokens.numel(), before, after)
+
+
+def _saved_conversion(checkpoint: str) -> tuple[Method, bool | None, list[str]]:
+    """Return what replace_modules_for_qat is to be told to convert a model as that of a checkpoint."""
+    with open(os.path.join(checkpoint, "config.json"), encoding="utf-8") as file:
+        config = Fairy2iConfig(**(json.load(file).get("quantization_config") or {}))
+    return config.method, config.skip_lm_head, config.skip_modules
 
 
 def run_training(qat: QATArguments, args: QATTrainingArguments) -> dict[str, float]:
@@ -590,15 +631,22 @@ def run_training(qat: QATArguments, args: QATTrainingArguments) -> dict[str, flo
     teacher = _load_teacher(qat, model, tokenizer) if distils else None
     if not _is_sharded(args):  # else it may not fit on one device
         move_to_device(model, args.device)  # learned scales are fitted where that is fast
+    skip_lm_head, skip_modules, data = qat.skip_lm_head, qat.skip_modules, None
+    if qat.bits is not None and checkpoint:  # the choice was made: another run of it may come out otherwise on a GPU
+        method, skip_lm_head, skip_modules = _saved_conversion(checkpoint)
+    elif qat.bits is not None and method is not None:
+        data = _load_data(qat, args, model, tokenizer)
+        some = _first_blocks(data[0], CHOICE_TOKENS, qat.block_size)
+        method = allocate_stages(model, some, method, qat.bits, skip_lm_head=skip_lm_head, skip_modules=skip_modules)
     if method is not None:
-        logger.info("%s", replace_modules_for_qat(model, method, qat.skip_lm_head, qat.skip_modules))
+        logger.info("%s", replace_modules_for_qat(model, method, skip_lm_head, skip_modules))
     freeze_parameters(model, qat.freeze)
     if checkpoint:
         _check_same_method(checkpoint, model)
         logger.info("resuming from %s", checkpoint)
-    train_data, eval_data = _load_data(qat, args, model, tokenizer)
+    train_data, eval_data = data or _load_data(qat, args, model, tokenizer)
     if qat.calibrate_tokens and checkpoint is None:
-        _calibrate(model, train_data, qat.calibrate_tokens, qat.block_size)
+        _calibrate(model, _first_blocks(train_data, qat.calibrate_tokens, qat.block_size))
 
     use_cache = getattr(model.config, "use_cache", None)  # the Trainer turns it off
     trainer = QATTrainer(

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from fairy2i import METHODS, PhaseScheme, QATLinear
+from fairy2i.inspection import model_bits_per_weight
 from fairy2i.loading import read_documents
 from fairy2i.training import trainer as module
 from fairy2i.training.callbacks import StopAndSave
@@ -209,6 +210,8 @@ def test_a_missing_argument_is_named(name):
         ({"calibrate_tokens": 256, "method": "none"}, r"for one process and a quantized model"),
         ({"calibrate_tokens": 256, "method": V2}, r"needs learned row scales.*, not complex_phase_v2"),
         ({"calibrate_tokens": 3, "method": LEARNED_ROWS}, r"--calibrate_tokens 3 is less than one block of 16"),
+        ({"qat": {"bits": 2.5}, "method": "none"}, r"--bits is for one process and a quantized model"),
+        ({"qat": {"bits": 2.5}, "method": "bitnet"}, r"--bits chooses the stages of phase codes, and bitnet has none"),
         ({"distill": 1.5}, r"--distill must be between 0 and 1"),
         ({"distill": 0.5, "method": "none"}, r"--distill needs a --quant_method"),
         ({"qat": {"teacher": "x"}}, r"--teacher says from what to distil but not how much"),
@@ -492,6 +495,18 @@ def test_the_best_checkpoint_is_kept_beside_the_last_and_found_under_its_name(fo
     state = json.loads((tmp_path / f"checkpoint-{step}" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(tmp_path / f"checkpoint-{step}")
     assert same(weights(tmp_path), weights(tmp_path / f"checkpoint-{step}"))
+
+
+def test_stages_by_a_budget_are_trained_and_a_resumed_run_keeps_them(folder, tmp_path, monkeypatch):
+    settings = {"calibrate_tokens": 64, "qat": {"bits": 6.5, "skip_lm_head": True}}
+    train(folder, tmp_path, LEARNED_ROWS, **settings, max_steps=2)
+    monkeypatch.setattr(module, "allocate_stages", lambda *_, **__: pytest.fail("chosen again"))
+    train(folder, tmp_path, LEARNED_ROWS, **settings, resume=True)
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == STEPS
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    layers = [layer for layer in model.modules() if isinstance(layer, QATLinear)]
+    assert len(layers) == 14 and len({layer.scheme.stages for layer in layers}) > 1
+    assert 6.0 < model_bits_per_weight(model) <= 6.5
 
 
 def test_a_calibrated_start_is_better_than_a_rounded_one(folder, tmp_path):
