@@ -18,7 +18,7 @@ arguments() { # of train.py, for a method
   case $1 in
     *@*)
       local base
-      base=$(arguments "${1%@*}")
+      base=$(arguments "${1%@*}") || exit 2
       echo "$base --seed ${1##*@}"
       ;;
     none | bitnet | bitnet_1_58 | complex_phase_v[1-4]) echo --config $paper --quant_method "$1" ;;
