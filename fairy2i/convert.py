@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .packed import PackedLinear
+from .packed import PackedLinear, use_backend
 from .qat import QATLinear
 from .schemes import Scheme, mean_bits_per_weight, method_name, resolve_method
 
@@ -399,7 +399,7 @@ def convert_to_inference_mode(model: nn.Module, packed: bool = True) -> nn.Modul
         _replace_everywhere(model, {layer: PackedLinear.from_qat(layer) if packed else dequantized_linear(layer)})
     if packed:
         _record(model, mode="packed")
-        return model.eval()
+        return use_backend(model.eval(), "auto")
     _record(model)
     setattr(model if config is None else config, DEQUANTIZED_KEY, ", ".join(methods))
     return model.eval()

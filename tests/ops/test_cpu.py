@@ -476,7 +476,7 @@ def test_the_inner_loops_of_exact_have_no_multiplication(tmp_path):
 
 SANITIZED = """
 import sys, torch
-sys.path.insert(0, {here!r})
+sys.path[:0] = [{here!r}, {tests!r}]
 import test_cpu as t
 for scheme in t.SCHEMES[2:7] + t.SCHEMES[10:12] + t.SCHEMES[-3:]:
     for shape in t.SHAPES[1:3] + t.SHAPES[4:]:
@@ -488,6 +488,9 @@ for scheme in t.SCHEMES[2:7] + t.SCHEMES[10:12] + t.SCHEMES[-3:]:
                     for tokens in (1, 2, 53):
                         layer(torch.randn(tokens, shape[1]))
             assert torch.equal(layer.codes, codes)
+import test_decoding as d
+for rows in (1, 3):
+    d.decode(d.packed_model("qwen2", backend="cpu_int8", intermediate_size=50), rows)
 print("clean")
 """
 
@@ -515,7 +518,7 @@ def test_sanitizers_find_nothing(tmp_path):
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
         "FAIRY2I_CPU_LIBRARY": str(library),
     }
-    script = SANITIZED.format(here=str(Path(__file__).parent))
+    script = SANITIZED.format(here=str(Path(__file__).parent), tests=str(Path(__file__).parents[1]))
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "clean"
