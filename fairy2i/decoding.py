@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .ops import cpu
 from .packed import FEW, PackedLinear, watched
@@ -28,6 +29,7 @@ _LINEARS = (
     ("mlp", "down_proj"),
 )
 _NORMS = ("input_layernorm", "post_attention_layernorm")
+_PARTS = (*_NORMS, "self_attn", "mlp")
 _plans: "weakref.WeakKeyDictionary[nn.Module, _Plan]" = weakref.WeakKeyDictionary()
 
 
@@ -75,12 +77,14 @@ def _packed_layers(layer: nn.Module) -> tuple[PackedLinear, ...] | None:
 
 
 def _free_layers(layer: nn.Module) -> tuple[PackedLinear, ...] | None:
-    """Return the packed layers of a decoder layer, or None where one has hooks or is trained."""
+    """Return the packed layers of a decoder layer, or None where somebody wants a part of it to be called."""
     found = _packed_layers(layer)
-    for module in found or ():
-        if module._forward_hooks or module._forward_pre_hooks or module.training:
-            return None
-        if "forward" in module.__dict__:  # accelerate's, say, which moves inputs and weights
+    if found is None:
+        return None
+    parts = (*found, *(layer._modules[name] for name in _PARTS))
+    for module in parts:
+        own: Any = module.__dict__  # "forward" in it: accelerate's, say, which moves inputs and weights
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["training"] or "forward" in own:
             return None
     return found
 
@@ -112,7 +116,9 @@ class _Plan:
         return (
             linears == self.linears
             and all(
-                linear._kernel is kernel and kernel.mode_name == backend
+                linear._kernel is kernel
+                and kernel.mode_name == backend
+                and kernel.scales == linear._buffers["scales"].data_ptr()  # type: ignore[union-attr]
                 for linear, kernel in zip(linears, self.kernels, strict=True)
             )
             and all(
@@ -173,6 +179,7 @@ def _forward(
         and not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and not watched(x)
+        and not _has_any_global_hook()
         and x.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
         and self._modules["self_attn"].config._attn_implementation == "sdpa"  # type: ignore[union-attr]

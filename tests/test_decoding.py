@@ -104,14 +104,14 @@ def test_generate_gives_the_same_tokens_greedy_and_by_beams(fused_calls):
         assert torch.equal(model.generate(prompt, max_new_tokens=12, **way), tokens)
 
 
-def test_hidden_states_can_be_looked_at(fused_calls):
+def test_hidden_states_can_be_looked_at():
     model = packed_model()
     ids = token_batch(1, 1)
     with torch.no_grad():
         fused = model(ids, output_hidden_states=True).hidden_states
         fuse_decoder_layers(model, False)
         plain = model(ids, output_hidden_states=True).hidden_states
-    assert len(fused_calls) == 2
+    assert len(fused) == len(plain) == 3
     for one, other in zip(fused, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)
 
@@ -164,16 +164,32 @@ def test_layers_that_changed_are_not_mistaken_for_what_they_were(fused_calls):
     use_backend(model, "cpu_exact")
     assert torch.equal(check(2), start)
     first.mlp.down_proj.scales = first.mlp.down_proj.scales * 2
-    first.self_attn.k_proj.bias = None
     changed = check(2)
     assert not torch.equal(changed, start)
+    first.self_attn.v_proj.bias = None
+    assert not torch.equal(check(2), changed)
     first.mlp.up_proj = first.mlp.up_proj.dequantize()
     check(1)
-    seen = []
-    second.self_attn.v_proj.register_forward_hook(lambda *args: seen.append(1))
+
+
+@pytest.mark.parametrize("name", ["self_attn.v_proj", "mlp", "input_layernorm", "self_attn"])
+def test_hooks_are_called(name, fused_calls):
+    model, seen = packed_model(), []
+    first, second = model.model.layers
+    handle = first.get_submodule(name).register_forward_hook(lambda *args: seen.append(1))
     with torch.no_grad():
-        model(ids)
-    assert seen == [1]
+        model(token_batch(1, 1))
+        assert (len(seen), len(fused_calls)) == (1, 1)
+        handle.remove()
+        handle = nn.modules.module.register_module_forward_hook(lambda module, *args: seen.append(module))
+        try:
+            model(token_batch(1, 1))
+        finally:
+            handle.remove()
+        assert second.mlp.down_proj in seen
+        assert len(fused_calls) == 1
+        model(token_batch(1, 1))
+    assert len(fused_calls) == 3
 
 
 def test_copies_and_files_are_of_a_model_as_ever(tmp_path, monkeypatch, fused_calls):
