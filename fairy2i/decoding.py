@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from . import packed
 from .ops import cpu
 from .packed import FEW, PackedLinear, watched
 
@@ -76,17 +77,10 @@ def _packed_layers(layer: nn.Module) -> tuple[PackedLinear, ...] | None:
     return tuple(found) if all(type(module) is PackedLinear for module in found) else None  # type: ignore[arg-type]
 
 
-def _free_layers(layer: nn.Module) -> tuple[PackedLinear, ...] | None:
-    """Return the packed layers of a decoder layer, or None where somebody wants a part of it to be called."""
-    found = _packed_layers(layer)
-    if found is None:
-        return None
-    parts = (*found, *(layer._modules[name] for name in _PARTS))
-    for module in parts:
-        own: Any = module.__dict__  # "forward" in it: accelerate's, say, which moves inputs and weights
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["training"] or "forward" in own:
-            return None
-    return found
+def _is_free(module: nn.Module) -> bool:
+    """Return whether nobody needs a module to be called."""
+    own: Any = module.__dict__  # "forward" in it: accelerate's, say, which moves inputs and weights
+    return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["training"] or "forward" in own)
 
 
 class _Plan:
@@ -94,62 +88,74 @@ class _Plan:
 
     def __init__(self, layer: nn.Module, linears: tuple[PackedLinear, ...], backend: str) -> None:
         ready = [linear._ready(backend) for linear in linears]
-        self.kernels = tuple(kernel for kernel, _ in ready)
-        self.linears, self.biases = linears, [bias for _, bias in ready]
+        self.kernels, self.biases = [kernel for kernel, _ in ready], [bias for _, bias in ready]
         self.inner = cpu.pointers(self.kernels[:3]), cpu.pointers(self.biases[:3])
         self.outer = cpu.pointers(self.kernels[3:]), cpu.pointers(self.biases[3:])
         norms: list[Any] = [layer._modules[name] for name in _NORMS]
         self.norms = tuple(norm.weight.detach().float().contiguous() for norm in norms)
-        owners = [(norm, "weight") for norm in norms] + [(linear, "bias") for linear in linears]
-        self.copied = [  # parameters that float32 copies were made of
-            (module._parameters, name, module._parameters[name], getattr(module._parameters[name], "_version", 0))
-            for module, name in owners
-        ]
         self.eps = tuple(float(norm.variance_epsilon) for norm in norms)
         attention: Any = layer._modules["self_attn"]
         self.attention, self.head = attention, int(attention.head_dim)
         self.sizes = tuple(linear.out_features for linear in linears[:3])
-        self.grouped = self.sizes[0] != self.sizes[1]
+        self.grouped, self.features = self.sizes[0] != self.sizes[1], linears[0].in_features
+        # what all this was made of, for holds()
+        self.asked = packed.DEFAULT, [linear.backend for linear in linears]
+        self.linears = linears
+        parents: list[Any] = [layer, layer, layer, layer, *(layer._modules[part] for part, _ in _LINEARS)]
+        names = [*_PARTS, *(name for _, name in _LINEARS)]
+        self.modules = [
+            (parent._modules, name, parent._modules[name]) for parent, name in zip(parents, names, strict=True)
+        ]
+        owners = [*((norm._parameters, "weight") for norm in norms), *((one._parameters, "bias") for one in linears)]
+        self.copied = [(owner, name, owner[name], getattr(owner[name], "_version", 0)) for owner, name in owners]
 
-    def is_of(self, linears: tuple[PackedLinear, ...], backend: str) -> bool:
-        """Return whether nothing has changed since."""
-        return (
-            linears == self.linears
-            and all(
-                linear._kernel is kernel
-                and kernel.mode_name == backend
-                and kernel.scales == linear._buffers["scales"].data_ptr()  # type: ignore[union-attr]
-                for linear, kernel in zip(linears, self.kernels, strict=True)
-            )
-            and all(
-                parameters[name] is value and (value is None or value._version == version)
-                for parameters, name, value, version in self.copied
-            )
-        )
+    def holds(self) -> bool:
+        """Return whether nothing has changed since, and nobody needs a part of the layer to be called."""
+        for parent, name, module in self.modules:
+            if parent[name] is not module or not _is_free(module):
+                return False
+        default, backends = self.asked
+        if packed.DEFAULT != default:
+            return False
+        for linear, kernel, backend in zip(self.linears, self.kernels, backends, strict=True):
+            if linear._kernel is not kernel or linear.backend != backend or linear.keep_dense:
+                return False
+            if linear._buffers["scales"].data_ptr() != kernel.scales:  # type: ignore[union-attr]
+                return False
+        for parameters, name, value, version in self.copied:
+            if parameters[name] is not value or (value is not None and value._version != version):
+                return False
+        return True
 
 
-def _plan_for(layer: nn.Module, x: Tensor) -> _Plan | None:
-    linears = _free_layers(layer)
-    if linears is None:
+def _plan_for(layer: nn.Module, x: Tensor, cosine: Tensor, sine: Tensor) -> _Plan | None:
+    """Return the plan for such a call, or None where it is not one that the library can make."""
+    plan = _plans.get(layer)
+    if plan is None or not plan.holds():
+        plan = _make_plan(layer, x)
+    if plan is None or x.shape[-1] != plan.features or cosine.shape != sine.shape:
+        return None
+    return plan if tuple(cosine.shape) in ((1, 1, plan.head), (x.shape[0], 1, plan.head)) else None
+
+
+def _make_plan(layer: nn.Module, x: Tensor) -> _Plan | None:
+    linears = _packed_layers(layer)
+    if linears is None or not all(map(_is_free, (*linears, *(layer._modules[name] for name in _PARTS)))):  # type: ignore[arg-type]
         return None
     backends = {linear.backend_for(x) for linear in linears}
     backend = backends.pop()
-    if backends or backend not in cpu.MODES:
+    if backends or backend not in cpu.MODES or not _fit(linears):
         return None
-    plan = _plans.get(layer)
-    if plan is None or not plan.is_of(linears, backend):
-        if not _fit(linears, x.shape[-1]):
-            return None
-        plan = _plans[layer] = _Plan(layer, linears, backend)
+    plan = _plans[layer] = _Plan(layer, linears, backend)
     return plan
 
 
-def _fit(linears: tuple[PackedLinear, ...], features: int) -> bool:
+def _fit(linears: tuple[PackedLinear, ...]) -> bool:
     """Return whether the sizes are those of a decoder layer, and layers of one input rotate it alike."""
     q, k, v, o, gate, up, down = linears
     into = (q.in_features, k.in_features, v.in_features, gate.in_features, up.in_features)
     return (
-        {*into, o.out_features, down.out_features} == {features}
+        len({*into, o.out_features, down.out_features}) == 1
         and (o.in_features, k.out_features, up.out_features) == (q.out_features, v.out_features, gate.out_features)
         and down.in_features == gate.out_features
         and len({layer.scheme.rotation for layer in (q, k, v)}) == len({gate.scheme.rotation, up.scheme.rotation}) == 1
@@ -175,16 +181,16 @@ def _forward(
         and x.shape[0] <= FEW
         and attention_mask is None
         and position_embeddings is not None
-        and position_embeddings[0].shape[-1] == self._modules["self_attn"].head_dim  # type: ignore[union-attr]
         and not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
         and not watched(x)
         and not _has_any_global_hook()
         and x.device.type == "cpu"
+        and x.dtype in cpu.DTYPES
         and not torch.is_autocast_enabled("cpu")
         and self._modules["self_attn"].config._attn_implementation == "sdpa"  # type: ignore[union-attr]
     ):
-        plan = _plan_for(self, x)
+        plan = _plan_for(self, x, *position_embeddings)
     if plan is None:
         return type(self).forward(
             self,

@@ -238,6 +238,21 @@ def test_sizes_that_do_not_belong_together_get_the_error_of_the_layers():
         model(token_batch(1, 1))
 
 
+def test_inputs_of_other_sizes_get_the_error_of_the_layers(fused_calls):
+    layer = packed_model().model.layers[0]
+    x, positions = torch.randn(2, 1, 32), (torch.ones(1, 1, 8), torch.zeros(1, 1, 8))
+    with torch.no_grad():
+        layer(x, position_embeddings=positions)
+        assert fused_calls == [2]
+        with pytest.raises(RuntimeError, match=r"size of tensor|32 input features"):
+            layer(torch.randn(2, 1, 30), position_embeddings=positions)
+        with pytest.raises(RuntimeError, match="size of tensor"):
+            layer(x, position_embeddings=(torch.ones(3, 1, 8), torch.zeros(3, 1, 8)))
+        with pytest.raises(RuntimeError, match="size of tensor"):
+            layer(x, position_embeddings=(torch.ones(1, 1, 6), torch.zeros(1, 1, 6)))
+    assert fused_calls == [2]
+
+
 def test_no_memory_is_an_error_and_the_input_stays(monkeypatch):
     model = packed_model()
     hidden = torch.randn(1, 1, 32)
