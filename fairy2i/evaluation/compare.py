@@ -134,6 +134,10 @@ class Measurements:
         return result
 
 
+def _column(text: str, protocol: str, window: int) -> str:
+    return f"{os.path.basename(text)} {protocol}@{window}"
+
+
 def measure_model(
     label: str, source: str, method: str, args: argparse.Namespace, texts: Sequence[EvalText], store: Measurements
 ) -> Row:
@@ -166,7 +170,7 @@ def measure_model(
             stride = (args.stride or args.window // 2) if protocol == "strided" else None
             window = {"window": args.window, "stride": stride, "max_windows": args.max_windows}
             key = {**base, "protocol": protocol, "data_sha256": data_sha256(text, protocol), **window}
-            column = f"{os.path.basename(text.name)} {protocol}@{args.window}"
+            column = _column(text.name, protocol, args.window)
             found = store.get(
                 f"{label}-{column}",
                 key,
@@ -219,7 +223,7 @@ def read_rows(folder: str, labels: Sequence[str], patterns: Sequence[str] | None
         content = json.loads(path.read_text(encoding="utf-8"))
         key, found = content["key"], content["result"]
         known.add(found["label"])
-        column = found.get("task") or f"{os.path.basename(found['data'])} {found['protocol']}@{found['window']}"
+        column = found.get("task") or _column(found["data"], found["protocol"], found["window"])
         row = rows.get(found["label"])
         if row is None or place(column) == len(wanted):
             continue

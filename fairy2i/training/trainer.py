@@ -458,6 +458,16 @@ def _is_sharded(args: TrainingArguments) -> bool:
     return bool(args.fsdp or args.deepspeed or any(os.environ.get(name) == "true" for name in SHARDED_LAUNCH))
 
 
+def _of_one_process(flag: str, args: TrainingArguments, method: Method | None) -> Method:
+    """Return the method, or raise ValueError where there is none or several processes share the model."""
+    if method is None or args.world_size > 1 or _is_sharded(args):
+        raise ValueError(
+            f"{flag} is for one process and a quantized model; for more processes train one step with it in one "
+            "process, and start the others from the model that it saves"
+        )
+    return method
+
+
 def _check_calibration(qat: QATArguments, args: TrainingArguments, method: Method | None) -> None:
     """Raise if calibration is asked for where it cannot be.
 
@@ -466,11 +476,7 @@ def _check_calibration(qat: QATArguments, args: TrainingArguments, method: Metho
     """
     if not qat.calibrate_tokens:
         return
-    if method is None or args.world_size > 1 or _is_sharded(args):
-        raise ValueError(
-            "--calibrate_tokens is for one process and a quantized model; for more processes train one step with it in "
-            "one process, and start the others from the model that it saves"
-        )
+    method = _of_one_process("--calibrate_tokens", args, method)
     check_learned_rows(method)
     if qat.calibrate_tokens < qat.block_size:
         raise ValueError(f"--calibrate_tokens {qat.calibrate_tokens} is less than one block of {qat.block_size}")
@@ -484,12 +490,7 @@ def _check_bits(qat: QATArguments, args: TrainingArguments, method: Method | Non
     """
     if qat.bits is None:
         return
-    if method is None or args.world_size > 1 or _is_sharded(args):
-        raise ValueError(
-            "--bits is for one process and a quantized model; for more processes train one step with it in one "
-            "process, and start the others from the model that it saves"
-        )
-    check_phase_codes(method)
+    check_phase_codes(_of_one_process("--bits", args, method))
 
 
 def _check_data(qat: QATArguments, max_steps: int) -> None:
