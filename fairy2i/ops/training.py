@@ -48,11 +48,16 @@ if _backend not in BACKENDS:
     raise ValueError(f"FAIRY2I_TRAINING_BACKEND is one of {', '.join(BACKENDS)}, not {_backend!r}")
 
 
+def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether the kernels of training, as they are chosen now, work on such tensors."""
+    if _backend == "torch" or not _has_triton or dtype not in DTYPES:
+        return False
+    return device.type == "cuda" or (_backend == "triton" and device.type == "cpu")
+
+
 def fused(weight: Tensor, stages: int, dtype: torch.dtype | None = None) -> bool:
     """Return whether kernels quantize this weight, or one of ``dtype`` on the same device."""
-    if _backend == "torch" or not _has_triton or stages > MOST_STAGES or (dtype or weight.dtype) not in DTYPES:
-        return False
-    return weight.device.type == "cuda" or (_backend == "triton" and weight.device.type == "cpu")
+    return stages <= MOST_STAGES and has_kernels(weight.device, dtype or weight.dtype)
 
 
 def clamped(scales: Tensor) -> Tensor:

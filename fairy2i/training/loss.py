@@ -9,9 +9,10 @@ means the same for every model.
 
 A vocabulary of 150,000 makes logits of 1.2 GB in float32 for 2048 tokens, and the loss holds several of that size.
 :func:`chunked_loss` goes from the inputs of the head to the loss some tokens at a time, and makes the gradients in the
-same pass, as a fused cross-entropy does (arXiv 2410.10989). It is written here because torch's `linear_cross_entropy`
-(from 2.13 on) and the fused losses of other libraries have no mixture with a divergence from a second head, and not all
-of them run on a CPU.
+same pass, as a fused cross-entropy does (arXiv 2410.10989): on a GPU by a kernel that reads logits twice and writes
+once (:mod:`fairy2i.ops.triton.loss`), where PyTorch's operations go over them some twenty times. It is written here
+because torch's `linear_cross_entropy` (from 2.13 on) and the fused losses of other libraries have no mixture with a
+divergence from a second head, and not all of them run on a CPU.
 """
 
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
+
+from ..ops.training import has_kernels
 
 IGNORE_INDEX = -100  # the label of a token that is not to be predicted, as in transformers
 
@@ -122,6 +125,35 @@ def hidden_loss(student: Tensor, teacher: Tensor, targets: Tensor, count: Tensor
     return torch.where(scored, distance, 0).sum() / (scored.sum() if count is None else count)
 
 
+def _loss_and_gradient(
+    logits: Tensor, taught: Tensor | None, labels: Tensor, mix: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient of the student's logits and the summed loss of some tokens; the logits are used up.
+
+    Args:
+        logits: (tokens, vocabulary), float32 or float64.
+        taught: the teacher's, in any dtype, or None.
+    """
+    scored = labels != IGNORE_INDEX
+    total, grad = logits.new_zeros(()), logits.new_zeros(())
+    log_student = None
+    if mix < 1:
+        log_student = logits.log_softmax(-1)
+        picked = labels.where(scored, 0)[:, None]
+        total -= (1 - mix) * log_student.gather(1, picked).squeeze(1).where(scored, 0).sum()
+        grad = log_student.exp().mul_(1 - mix)
+        grad.scatter_add_(1, picked, torch.full_like(picked, mix - 1, dtype=logits.dtype))
+    if taught is not None:
+        if log_student is None or temperature != 1:
+            log_student = logits.div_(temperature).log_softmax(-1)
+        log_teacher = taught.to(logits.dtype).div_(temperature).log_softmax(-1)
+        p = log_teacher.exp()
+        divergence = log_teacher.sub_(log_student).mul_(p).sum(-1)
+        total += mix * temperature**2 * divergence.where(scored, 0).sum()
+        grad = log_student.exp().sub_(p).mul_(mix * temperature).add_(grad)
+    return grad.masked_fill_(~scored[:, None], 0), total
+
+
 class _ChunkedLoss(torch.autograd.Function):
     """Loss and gradients of the head in one pass over chunks of tokens; the backward only hands them on."""
 
@@ -146,32 +178,26 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=exact) if bias is not None and need_bias else None
+        divisor = count.float()
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             rows, labels = hidden[part], targets[part]
-            scored = labels != IGNORE_INDEX
-            logits = F.linear(rows, cast_weight, cast_bias).to(exact)
-            grad = torch.zeros(()).to(logits)
-            log_student = None
-            if mix < 1:
-                log_student = logits.log_softmax(-1)
-                picked = labels.where(scored, 0)[:, None]
-                total -= (1 - mix) * log_student.gather(1, picked).squeeze(1).where(scored, 0).sum()
-                grad = log_student.exp().mul_(1 - mix)
-                grad.scatter_add_(1, picked, torch.full_like(picked, mix - 1, dtype=exact))
+            logits = F.linear(rows, cast_weight, cast_bias)
+            taught = None
             if teacher is not None and mix > 0:
-                if log_student is None or temperature != 1:
-                    log_student = logits.div_(temperature).log_softmax(-1)
                 assert teacher_weight is not None
-                log_teacher = F.linear(teacher.hidden[part], teacher_weight, teacher_bias).to(exact)
-                log_teacher = log_teacher.div_(temperature).log_softmax(-1)
-                p = log_teacher.exp()
-                divergence = log_teacher.sub_(log_student).mul_(p).sum(-1)
-                total += mix * temperature**2 * divergence.where(scored, 0).sum()
-                grad = log_student.exp().sub_(p).mul_(mix * temperature).add_(grad)
-                del log_teacher, p
-            del logits, log_student
-            grad = grad.masked_fill_(~scored[:, None], 0).div_(count).to(hidden.dtype)
+                taught = F.linear(teacher.hidden[part], teacher_weight, teacher_bias)
+            if has_kernels(logits.device, logits.dtype):
+                from ..ops.triton.loss import loss_over_logits
+
+                sums = loss_over_logits(logits, taught, labels.contiguous(), mix, temperature, divisor, IGNORE_INDEX)
+                total += sums.sum()
+                grad = logits
+            else:
+                grad, loss = _loss_and_gradient(logits.to(exact), taught, labels, mix, temperature)
+                total += loss
+                grad = grad.div_(count).to(hidden.dtype)
+            del logits, taught
             if grad_hidden is not None:
                 grad_hidden[part] = grad @ cast_weight
             if grad_weight is not None:
@@ -216,7 +242,8 @@ def chunked_loss(
         weight: share of the divergence, 0 to 1; the rest is cross-entropy.
         temperature: softens both distributions.
         count: what to divide the sum by; the number of predicted tokens if None.
-        chunk: tokens at a time; about five tensors (chunk, vocabulary) in float32 are alive at once.
+        chunk: tokens at a time; about five tensors (chunk, vocabulary) in float32 are alive at once without the kernel,
+            logits of student and teacher with it.
 
     Raises:
         ValueError: the vocabularies differ, weight or temperature is out of range, or weight has no teacher.
