@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .ops import rotation as _rotation_op  # noqa: F401  # registers fairy2i::rotate
 from .ops import training as ops
 from .schemes import PhaseScheme, Scheme, method_name
 
@@ -44,24 +45,44 @@ def _settings(scheme: Any) -> tuple[int, str, int]:
 
 def _fused(scheme: Scheme, tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Return whether kernels quantize a weight of this dtype (default: the tensor's) on the device of this tensor."""
-    if not isinstance(scheme, PhaseScheme) or scheme.rotation:  # PyTorch rotates
-        return False
-    return ops.fused(tensor, scheme.stages, dtype)
+    return isinstance(scheme, PhaseScheme) and ops.fused(tensor, scheme.stages, dtype)
+
+
+def _in_basis(scheme: Scheme, matrix: Tensor, after: Tensor | None = None) -> Tensor:
+    """Return a weight or its gradient in the basis of the codes, for the kernels; float32 where that is another one."""
+    return torch.ops.fairy2i.rotate(matrix, scheme.rotation, after) if scheme.rotation else matrix
+
+
+def _turned_back(
+    scheme: Scheme, dense: Tensor, master: torch.dtype, dtype: torch.dtype, after: Tensor | None = None
+) -> Tensor:
+    """Return what a kernel has made in the basis of the codes, in that of the model, rounded as it shall be."""
+    if not scheme.rotation:
+        return dense
+    return torch.ops.fairy2i.rotate(dense, scheme.rotation, after).to(master).to(dtype)
 
 
 def _dense(
-    scheme: Scheme, weight: Tensor, scales: Tensor | None, dtype: torch.dtype, after: Tensor | None = None
+    scheme: Scheme,
+    weight: Tensor,
+    scales: Tensor | None,
+    dtype: torch.dtype,
+    after: Tensor | None = None,
+    turned: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return q(weight), rounded to the weight's dtype and then to ``dtype``, and what makes it again: scales, or None.
 
-    ``after`` is the gradient in a backward: see :mod:`fairy2i.ops.training`.
+    ``after`` is the gradient in a backward: see :mod:`fairy2i.ops.training`. ``turned`` is the weight in the basis of
+    the codes, where the caller has it.
     """
     if _fused(scheme, weight) and (scales is not None or scheme.scales == "mean"):
+        turned = _in_basis(scheme, weight, after) if turned is None else turned
+        made = torch.float32 if scheme.rotation else dtype
         if scales is None:
-            dense, scales, _ = torch.ops.fairy2i.phase_quantize_mean(weight, *_settings(scheme), dtype, False)
+            dense, scales, _ = torch.ops.fairy2i.phase_quantize_mean(turned, *_settings(scheme), made, False)
         else:
-            dense, _ = torch.ops.fairy2i.phase_quantize_given(weight, scales, *_settings(scheme), dtype, False, after)
-        return dense, scales
+            dense, _ = torch.ops.fairy2i.phase_quantize_given(turned, scales, *_settings(scheme), made, False, after)
+        return _turned_back(scheme, dense, weight.dtype, dtype, after), scales
     codes, used = scheme.quantize(weight, scales)
     dense = scheme.dequantize(codes, used).to(weight.dtype).to(dtype)
     return dense, used if scales is None and scheme.scales == "mean" else scales  # joint codes are not greedy ones
@@ -74,10 +95,11 @@ def quantize_to_keep(scheme: Scheme, weight: Tensor, scales: Tensor | None) -> t
     if not _fused(scheme, weight) or (scales is None and scheme.scales != "mean"):
         codes, used = scheme.quantize(weight, scales)
         return ops.to_blocks(codes), used
+    turned = _in_basis(scheme, weight)
     if scales is None:
-        _, scales, blocks = torch.ops.fairy2i.phase_quantize_mean(weight, *_settings(scheme), None, True)
+        _, scales, blocks = torch.ops.fairy2i.phase_quantize_mean(turned, *_settings(scheme), None, True)
         return blocks, scales
-    _, blocks = torch.ops.fairy2i.phase_quantize_given(weight, scales, *_settings(scheme), None, True, None)
+    _, blocks = torch.ops.fairy2i.phase_quantize_given(turned, scales, *_settings(scheme), None, True, None)
     return blocks, ops.clamped(scales)
 
 
@@ -93,7 +115,9 @@ def _dense_of_kept(
     scheme: Scheme, kept: Tensor, scales: Tensor, master: torch.dtype, dtype: torch.dtype, after: Tensor | None = None
 ) -> Tensor:
     if _fused(scheme, kept, master):
-        return torch.ops.fairy2i.phase_dequantize_blocks(kept, scales, *_settings(scheme), master, dtype, after)
+        made = (torch.float32, torch.float32) if scheme.rotation else (master, dtype)
+        dense = torch.ops.fairy2i.phase_dequantize_blocks(kept, scales, *_settings(scheme), *made, after)
+        return _turned_back(scheme, dense, master, dtype, after)
     return scheme.dequantize(*_codes(scheme, None, scales, kept)).to(master).to(dtype)
 
 
@@ -149,7 +173,9 @@ class _QuantizedLinear(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         dense = kept if kept is not None and kept.is_floating_point() else None
         blocks = kept if dense is None else None
-        codes = None  # made again, not kept: they depend on nothing but weight and scales
+        codes = turned = None  # made again, not kept: they depend on nothing but weight and scales
+        if ctx.fused and weight is not None and scales is not None and (need_x or need_scales):
+            turned = _in_basis(scheme, weight, grad)
         if not ctx.fused and (need_scales or (need_x and dense is None)):
             codes, scales = _codes(scheme, weight, scales, blocks)
         if need_x:
@@ -158,7 +184,7 @@ class _QuantizedLinear(torch.autograd.Function):
             elif dense is None and blocks is not None:
                 dense = _dense_of_kept(scheme, blocks, scales, ctx.master, x.dtype, after=grad)
             elif dense is None:
-                dense, _ = _dense(scheme, weight, scales, x.dtype, after=grad)
+                dense, _ = _dense(scheme, weight, scales, x.dtype, after=grad, turned=turned)
             grad_x = grad @ dense
         dense = kept = None
         if need_weight or need_scales:
@@ -167,9 +193,10 @@ class _QuantizedLinear(torch.autograd.Function):
                 grad_weight = grad_dense.to(ctx.master)
             if need_scales:
                 if codes is None:
-                    some = grad_dense if weight is None else weight
+                    turned_grad = _in_basis(scheme, grad_dense)
+                    some = turned_grad if turned is None else turned
                     settings = _settings(scheme)
-                    grad_scales = torch.ops.fairy2i.phase_scale_gradient(grad_dense, some, blocks, scales, *settings)
+                    grad_scales = torch.ops.fairy2i.phase_scale_gradient(turned_grad, some, blocks, scales, *settings)
                 else:
                     grad_scales = scheme.scale_gradient(grad_dense, codes)
                 grad_scales = (grad_scales / _lsq_root(scheme, grad_dense.shape, scales)).to(ctx.scale_dtype)
@@ -197,7 +224,8 @@ class _QuantizedWeight(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             scheme = ctx.scheme
             if _fused(scheme, weight):
-                grad_scales = torch.ops.fairy2i.phase_scale_gradient(grad, weight, None, scales, *_settings(scheme))
+                turned = _in_basis(scheme, grad), _in_basis(scheme, weight, grad)
+                grad_scales = torch.ops.fairy2i.phase_scale_gradient(*turned, None, scales, *_settings(scheme))
             else:
                 grad_scales = scheme.scale_gradient(grad, scheme.quantize(weight, scales)[0])
             grad_scales = (grad_scales / _lsq_root(scheme, grad.shape, scales)).to(ctx.scale_dtype)
