@@ -24,7 +24,6 @@ from torch import Tensor
 from fairy2i.ops import training as ops
 from fairy2i.training.loss import Head, chunked_loss
 
-
 BACKENDS: tuple[ops.Backend, ...] = ("auto", "torch")
 
 
