@@ -44,7 +44,7 @@ def test_loss_and_gradient_are_those_of_the_formula(device, vocabulary, weight, 
     taught = teacher if weight else None
     found = loss_over_logits(student, taught, labels, weight, temperature, count, IGNORE_INDEX)
     if vocabulary == 1:  # nothing to choose
-        assert not found.any() and not student.any()
+        assert found.abs().max() < 1e-6 and student.abs().max() < 1e-6
         return
     assert relative(found, losses) < 1e-6
     assert relative(student * 3, grad) < 1e-6
