@@ -43,8 +43,13 @@ def _settings(scheme: Any) -> tuple[int, str, int]:
     return scheme.stages, scheme.granularity, scheme.tile
 
 
+COMPILED = 1 << 21  # weights of a layer up to which a compiler's kernels take less time than calls of ours
+
+
 def _fused(scheme: Scheme, tensor: Tensor, dtype: torch.dtype | None = None) -> bool:
     """Return whether kernels quantize a weight of this dtype (default: the tensor's) on the device of this tensor."""
+    if torch.compiler.is_compiling() and tensor.numel() <= COMPILED:
+        return False
     return isinstance(scheme, PhaseScheme) and ops.fused(tensor, scheme.stages, dtype)
 
 
@@ -130,7 +135,8 @@ class _QuantizedLinear(torch.autograd.Function):
     """y = x q(weight)^T + bias, with identity gradient from q to weight and no q kept in between.
 
     Where ``exact`` is given it is what the scales are, and ``scales``, a rounded copy, only takes the gradient.
-    ``kept`` is q of this weight from before: dense, or codes with ``kept_scales``.
+    ``kept`` is q of this weight from before: dense, with the codes beside it if the scales are learned, or codes with
+    ``kept_scales``.
     """
 
     @staticmethod
@@ -144,6 +150,7 @@ class _QuantizedLinear(torch.autograd.Function):
         scheme: Scheme,
         kept: Tensor | None,
         kept_scales: Tensor | None,
+        kept_codes: Tensor | None,
     ) -> Tensor:
         used = scales if exact is None else exact
         ctx.scheme = scheme
@@ -153,26 +160,24 @@ class _QuantizedLinear(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         if kept is None:
             dense, again = _dense(scheme, weight, used, x.dtype)
-            ctx.save_for_backward(x, weight, again, None)
+            ctx.save_for_backward(x, weight, again, None, None)
         elif kept.is_floating_point():
             dense = kept
-            ctx.save_for_backward(x, None if used is None else weight, used, kept)
+            ctx.save_for_backward(x, None, used, kept, kept_codes)
         else:
             assert kept_scales is not None
             dense = _dense_of_kept(scheme, kept, kept_scales, weight.dtype, x.dtype)
-            ctx.save_for_backward(x, None, kept_scales, kept)
+            ctx.save_for_backward(x, None, kept_scales, None, kept)
         return F.linear(x, dense, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scales, kept = ctx.saved_tensors
+        x, weight, scales, dense, blocks = ctx.saved_tensors
         scheme: Scheme = ctx.scheme
         need_x, need_weight, need_scales, _, need_bias, *_ = ctx.needs_input_grad
         grad_x = grad_weight = grad_scales = grad_bias = None
         rows = grad.reshape(-1, grad.shape[-1])
-        dense = kept if kept is not None and kept.is_floating_point() else None
-        blocks = kept if dense is None else None
         codes = turned = None  # made again, not kept: they depend on nothing but weight and scales
         if ctx.fused and weight is not None and scales is not None and (need_x or need_scales):
             turned = _in_basis(scheme, weight, grad)
@@ -186,7 +191,7 @@ class _QuantizedLinear(torch.autograd.Function):
             elif dense is None:
                 dense, _ = _dense(scheme, weight, scales, x.dtype, after=grad, turned=turned)
             grad_x = grad @ dense
-        dense = kept = None
+        dense = None
         if need_weight or need_scales:
             grad_dense = rows.mT @ x.reshape(-1, x.shape[-1])
             if need_weight:
@@ -202,7 +207,7 @@ class _QuantizedLinear(torch.autograd.Function):
                 grad_scales = (grad_scales / _lsq_root(scheme, grad_dense.shape, scales)).to(ctx.scale_dtype)
         if need_bias:
             grad_bias = rows.sum(0).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_scales, None, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_scales, None, grad_bias, None, None, None, None
 
 
 class _QuantizedWeight(torch.autograd.Function):
@@ -251,6 +256,7 @@ class QATLinear(nn.Linear):
     reuse: Any = None  # what keeps the quantized weight now, and how: see fairy2i.reuse
     kept: Tensor | None = None  # the quantized weight, dense or as codes, for as long as the weight stays
     kept_scales: Tensor | None = None
+    kept_codes: Tensor | None = None  # beside a dense one, where the scales are learned: for their gradient
 
     def __init__(
         self,
@@ -376,7 +382,8 @@ class QATLinear(nn.Linear):
             if kept is not None and kept.is_floating_point() and kept.dtype != x.dtype:
                 kept = None
         scales, exact = self._grouped(self.scales), self._grouped(self._exact)
-        return _QuantizedLinear.apply(x, matrix, scales, exact, self.bias, self.scheme, kept, self.kept_scales)
+        values = kept, self.kept_scales, self.kept_codes
+        return _QuantizedLinear.apply(x, matrix, scales, exact, self.bias, self.scheme, *values)
 
     def extra_repr(self) -> str:
         """Show the method beside the sizes."""
@@ -384,7 +391,7 @@ class QATLinear(nn.Linear):
 
     def let_go(self) -> None:
         """Forget the kept quantized weight."""
-        self.kept = self.kept_scales = None
+        self.kept = self.kept_scales = self.kept_codes = None
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.let_go()

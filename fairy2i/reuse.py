@@ -6,6 +6,7 @@ values. Inside :func:`reuse_quantized` that happens once, and what it gave is ke
     codes    1 byte for 4 weights at one or two stages, 2 bytes at three or four. The dense weight is made from them at
              each use: less to read than the weight, and no scales to find.
     dense    the dense quantized weight itself, as large as the weight in the dtype of the activations. Nothing to make.
+             The codes are beside it where scales are learned, for their gradient.
 
 A value is kept for one tensor at one address at one version, and every use looks at the three: a copy, a loaded state
 dict or another tensor in its place make it anew. The step of any torch optimizer lets go of everything (fused AdamW
@@ -13,9 +14,14 @@ leaves the version as it is). What else writes past the version counter (through
 sets it back) cannot be seen, so there the scope itself is what is safe: open it where nothing writes weights, and close
 it before something does. :class:`fairy2i.training.trainer.QATTrainer` has it open from the first to the last
 micro-batch of a step, and during an evaluation. ``verify`` quantizes again at each use and compares.
+
+``graph`` records on a GPU what quantizes all layers as a CUDA graph, and launches it as one: a small model has so many
+small layers that calling the kernels takes longer than running them. It holds while all weights stay where they are in
+memory, as an optimizer leaves them; elsewhere layers are quantized one by one, and recorded anew.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -24,7 +30,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .qat import QATLinear, _dense, quantize_to_keep
+from .qat import QATLinear, _dense, _dense_of_kept, quantize_to_keep
+
+logger = logging.getLogger(__name__)
 
 Kept = Literal["codes", "dense"]
 KEPT = ("codes", "dense")
@@ -35,10 +43,16 @@ class Reuse:
 
     Args:
         model, what, dtype, verify: as for :func:`reuse_quantized`.
+        graph: record a CUDA graph; it outlives the scope, for the next one of the same object.
     """
 
     def __init__(
-        self, model: nn.Module, what: Kept = "codes", dtype: torch.dtype | None = None, verify: bool = False
+        self,
+        model: nn.Module,
+        what: Kept = "codes",
+        dtype: torch.dtype | None = None,
+        verify: bool = False,
+        graph: bool = False,
     ) -> None:
         if what not in KEPT:
             raise ValueError(f"what is kept is one of {', '.join(KEPT)}, not {what!r}")
@@ -49,6 +63,7 @@ class Reuse:
         self.layers = [module for module in model.modules() if isinstance(module, QATLinear)]
         self._seen: dict[int, tuple[Any, ...]] = {}
         self._hook: Any = None
+        self._graph = _Graph() if graph and not self.sharded else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copy of a layer, or a saved one, is in no scope
@@ -78,9 +93,29 @@ class Reuse:
 
     def refresh_all(self) -> None:
         """Quantize what has changed since; the first use of a layer does it too, if its forward is not compiled."""
-        if not self.sharded:  # FSDP2 gathers weights for their use, and that is when they can be quantized
-            for layer in self.layers:
-                self.refresh(layer, self.dtype or layer.weight.dtype)
+        if self.sharded:  # FSDP2 gathers weights for their use, and that is when they can be quantized
+            return
+        if self._graph is not None and not self._seen and self._launch(self._graph):
+            return
+        for layer in self.layers:
+            self.refresh(layer, self.dtype or layer.weight.dtype)
+
+    @torch.no_grad()
+    def _launch(self, graph: "_Graph") -> bool:
+        """Quantize all layers by the graph; False where they must be quantized one by one."""
+        stamps = [self._stamp(layer) for layer in self.layers]
+        if not _on_gpu(self.layers):
+            return False
+        places = [value for stamp in stamps for value in stamp[2::3]]  # data_ptr()
+        found = graph(
+            places, lambda: [self._quantize(layer, self.dtype or layer.weight.dtype) for layer in self.layers]
+        )
+        if found is None:
+            return False
+        for layer, stamp, values in zip(self.layers, stamps, found, strict=True):
+            layer.kept, layer.kept_scales, layer.kept_codes = values
+            self._seen[id(layer)] = stamp
+        return True
 
     def _stamp(self, layer: QATLinear) -> tuple[Any, ...]:
         if self.sharded:  # a gathered weight has a new address each time, and scales are gathered anew into one place
@@ -100,22 +135,64 @@ class Reuse:
             if self.verify:
                 self._check(layer, dtype)
             return
-        layer.kept, layer.kept_scales = self._quantize(layer, dtype)
+        layer.kept, layer.kept_scales, layer.kept_codes = self._quantize(layer, dtype)
         self._seen[id(layer)] = stamp
 
-    def _quantize(self, layer: QATLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        matrix, scales = layer.matrix.detach(), layer.group_scales
-        if self.what == "dense":
-            return _dense(layer.scheme, matrix, scales, dtype)[0], None
-        return quantize_to_keep(layer.scheme, matrix, scales)
+    def _quantize(self, layer: QATLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return what the layer is to keep: kept, kept_scales, kept_codes."""
+        matrix, scales, scheme = layer.matrix.detach(), layer.group_scales, layer.scheme
+        if self.what == "dense" and not scheme.learned:
+            return _dense(scheme, matrix, scales, dtype)[0], None, None
+        codes, used = quantize_to_keep(scheme, matrix, scales)
+        if self.what == "codes":
+            return codes, used, None
+        return _dense_of_kept(scheme, codes, used, matrix.dtype, dtype), None, codes
 
     def _check(self, layer: QATLinear, dtype: torch.dtype) -> None:
-        now, kept = self._quantize(layer, dtype), (layer.kept, layer.kept_scales)
+        now, kept = self._quantize(layer, dtype), (layer.kept, layer.kept_scales, layer.kept_codes)
         if any(a is not None and not torch.equal(a, b) for a, b in zip(now, kept, strict=True) if b is not None):
             raise RuntimeError(
                 f"the kept quantized weight of {layer} is stale: something wrote the weight past its version counter "
                 "(through .data?) inside reuse_quantized; close the scope before"
             )
+
+
+def _on_gpu(layers: list[QATLinear]) -> bool:
+    return bool(layers) and all(layer.weight.is_cuda for layer in layers)
+
+
+def _record(call: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    """Return what a call returns, not computed yet, and what computes it: the call's kernels as one CUDA graph."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # data loaders pin memory meanwhile
+        found = call()
+    return found, graph.replay
+
+
+class _Graph:
+    """One call, recorded when its tensors have been in the same places twice."""
+
+    def __init__(self) -> None:
+        self._places: list[int] = []
+        self._recorded: tuple[Any, Callable[[], None]] | None = None
+        self._fails = False
+
+    def __call__(self, places: list[int], call: Callable[[], Any]) -> Any:
+        """Return what ``call`` returned when it was recorded, computed anew; None where it must be called as it is."""
+        if self._fails or places != self._places:  # and by that call kernels are compiled before the recording
+            self._places, self._recorded = places, None
+            return None
+        if self._recorded is None:
+            try:
+                self._recorded = _record(call)
+            except RuntimeError as error:
+                logger.warning("quantizing layer by layer, as it cannot be recorded in a CUDA graph: %s", error)
+                self._fails = True
+                return None
+        found, replay = self._recorded
+        replay()
+        return found
 
 
 def _same(a: Any, b: Any) -> bool:

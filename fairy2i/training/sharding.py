@@ -21,6 +21,7 @@ def place_teacher(
     *,
     shard: bool = False,
     offload: bool = False,
+    compile_blocks: dict[str, Any] | None = None,
 ) -> nn.Module:
     """Make a model ready to be learned from, in place, and return it: frozen, in evaluation mode, and where it fits.
 
@@ -32,20 +33,26 @@ def place_teacher(
             gathered one after the other. Parameters of the blocks may be on any device, also all on the CPU.
         offload: keep the weights in CPU memory (its part of them with ``shard``) and bring them to the device layer by
             layer, in each forward.
+        compile_blocks: arguments of torch.compile for its blocks, where it is neither divided nor offloaded; None
+            leaves them as they are.
     """
     teacher.requires_grad_(False).eval()
     teacher.to(dtype=dtype)
+    names = set(getattr(teacher, "_no_split_modules", None) or ())
+    blocks = [module for module in teacher.modules() if type(module).__name__ in names]
     if shard:
         options: dict[str, Any] = {"offload_policy": CPUOffloadPolicy(pin_memory=device.type != "cpu")}
         options = options if offload and device.type != "cpu" else {}
-        names = set(getattr(teacher, "_no_split_modules", None) or ())
-        for block in [module for module in teacher.modules() if type(module).__name__ in names]:
+        for block in blocks:
             fully_shard(block, **options)
         fully_shard(teacher, **options)
         return teacher
     if offload:
         teacher.to("cpu")
         return cpu_offload(teacher, execution_device=device)
+    if compile_blocks is not None:
+        for block in blocks:
+            block.compile(**compile_blocks)
     return teacher.to(device)
 
 

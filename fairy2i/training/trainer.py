@@ -49,6 +49,7 @@ from .stream import check_source, stream_blocks
 
 logger = logging.getLogger(__name__)
 
+SMALL = 1 << 30  # bytes of dense quantized weights that are kept without being asked for
 PRECISION = "ACCELERATE_MIXED_PRECISION"
 SHARDED_LAUNCH = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # "true" where accelerate launched it so
 
@@ -164,7 +165,8 @@ class QATTrainingArguments(TrainingArguments):
         default="auto",
         metadata={
             "help": "Keep quantized weights over the micro-batches of a step and over an evaluation: as codes (a byte "
-            "for 4 weights at up to 2 stages) or dense. auto: codes, in steps of more than one micro-batch."
+            "for 4 weights at up to 2 stages) or dense. auto: dense where that takes at most 1 GiB, else codes, in "
+            "steps of more than one micro-batch."
         },
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
@@ -265,16 +267,28 @@ class QATTrainer(MonitoredTrainer, WholeCheckpoints, HeldOutLoss):
                     "set it to false"
                 )
             dtype = teacher_dtype or (torch.bfloat16 if self.args.bf16 else None)
-            place_teacher(teacher, self.args.device, dtype, shard=fsdp2, offload=teacher_offload)
+            how = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
+            how = {name: value for name, value in how.items() if value}
+            place_teacher(
+                teacher,
+                self.args.device,
+                dtype,
+                shard=fsdp2,
+                offload=teacher_offload,
+                compile_blocks=how if self.args.torch_compile else None,
+            )
             self.model_accepts_loss_kwargs = True  # the sum is divided by the tokens of all accumulated batches
 
-        self._reuse: Reuse | None = None  # open between the first and the last micro-batch of a step
+        self._reuse: Any = None
+        self._open = False  # the scope of it: from the first to the last micro-batch of a step
 
     def _kept(self, steps: bool) -> Kept | None:
         """Return how to keep quantized weights over the micro-batches of a step, or over an evaluation; None: not."""
         asked = getattr(self.args, "reuse_quantized", "auto")
         if self.is_deepspeed_enabled or self.args.n_gpu > 1:  # weights in parts; replicas on other devices
             return None
+        if asked == "auto" and self._dense_is_small():
+            asked = "dense"
         if steps and asked == "auto" and self.args.gradient_accumulation_steps == 1:
             return None
         between = [callback for callback in self.callback_handler.callbacks if _is_called_between(callback)]
@@ -283,13 +297,25 @@ class QATTrainer(MonitoredTrainer, WholeCheckpoints, HeldOutLoss):
         kept: dict[str, Kept] = {"auto": "codes", "codes": "codes", "dense": "dense"}
         return kept.get(asked)
 
+    def _plain_model(self) -> Any:
+        """Return the model that is trained, without wrappers."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def _dense_is_small(self) -> bool:
+        """Return whether dense quantized weights of all layers take little beside what training takes anyway."""
+        layers = [module for module in self._plain_model().modules() if isinstance(module, QATLinear)]
+        width = 2 if self.args.bf16 or self.args.fp16 else 4
+        return not _is_sharded(self.args) and width * sum(layer.weight.numel() for layer in layers) <= SMALL
+
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Do a micro-batch, with weights quantized in the first one of the step; the last one lets go of them."""
-        if self._reuse is None and (kept := self._kept(steps=True)) is not None:
-            self._reuse = Reuse(model, kept, torch.bfloat16 if self.args.bf16 else None)
-            self._reuse.begin()
-        elif self._reuse is not None:
+        if self._open:
             self._reuse.refresh_all()
+        elif (kept := self._kept(steps=True)) is not None:
+            if self._reuse is None or self._reuse.what != kept:
+                self._reuse = Reuse(model, kept, torch.bfloat16 if self.args.bf16 else None, graph=kept == "dense")
+            self._reuse.begin()
+            self._open = True
         try:
             loss = super().training_step(model, inputs, *args, **kwargs)
         except BaseException:
@@ -300,9 +326,9 @@ class QATTrainer(MonitoredTrainer, WholeCheckpoints, HeldOutLoss):
         return loss
 
     def _let_go(self) -> None:
-        if self._reuse is not None:
+        if self._open:
             self._reuse.end()
-            self._reuse = None
+            self._open = False
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate, with weights quantized once."""
@@ -350,8 +376,7 @@ class QATTrainer(MonitoredTrainer, WholeCheckpoints, HeldOutLoss):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
         if self.objective is None:  # now the model is wrapped
             keep_scales_exact(model)
-            student = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-            self.objective = Objective(student, self.teacher, **self.objective_settings)
+            self.objective = Objective(self._plain_model(), self.teacher, **self.objective_settings)
         count = num_items_in_batch
         if self.args.average_tokens_across_devices and count is not None:
             count = count / self.accelerator.num_processes  # as Trainer: gradients are averaged over the processes
@@ -362,7 +387,7 @@ class QATTrainer(MonitoredTrainer, WholeCheckpoints, HeldOutLoss):
         """Return whether the loss that the model itself would make can be made in chunks."""
         if self.objective is not None:
             return self.objective.chunked
-        student: Any = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        student = self._plain_model()
         return (
             self.objective_settings["chunk"] > 0
             and self.label_smoother is None

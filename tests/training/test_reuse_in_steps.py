@@ -68,7 +68,7 @@ def test_steps_have_the_same_bits_however_weights_are_kept(folder, tmp_path, mon
         results.append((weights, loss, len(quantizations)))
         assert all(kept is None for kept in trainer.seen) == (reuse == "off")
         kinds = {kept.is_floating_point() for kept in trainer.seen if kept is not None}
-        assert kinds == {"off": set(), "dense": {True}}.get(reuse, {False})
+        assert kinds == {"off": set(), "codes": {False}}.get(reuse, {True})
     (weights, loss, often), *kept = results
     for other, other_loss, count in kept:
         assert weights.keys() == other.keys()
@@ -118,7 +118,8 @@ def test_what_callbacks_write_past_the_version_counter_is_never_missed(folder, t
         assert loss == results[0][1]
 
 
-def test_one_micro_batch_a_step_keeps_nothing_by_default(folder, tmp_path, monkeypatch):
+def test_one_micro_batch_a_step_keeps_nothing_large_by_default(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SMALL", 1000)
     _, _, trainer = train(
         folder, tmp_path, monkeypatch, "auto", gradient_accumulation_steps=1, eval_strategy="no", eval_steps=None
     )
