@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from .calibrated_blocks import CalibratedBlocks
 from .granularity import expand_groups
+from .ops.training import has_kernels
 from .phase_quant import SCALE_MIN, phase_encode, phase_units
 from .qat import QATLinear
 from .rotation import rotate
@@ -101,6 +102,29 @@ def _round_pair(block: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(codes), from_parts((re - rest_re)[..., None], (im - rest_im)[..., None])
 
 
+def _round_columns(rest: Tensor, codes: Tensor, factor: Tensor, scales: Tensor, start: int, end: int) -> Tensor:
+    """Round columns ``start`` to ``end``, pairs side by side, and return their errors, (2n, end - start).
+
+    Args:
+        rest: (2n, 2m); in the group what each column was when it was rounded, afterwards.
+        codes: uint8 (T, 2, n, m), pairs in the same order; written.
+        factor: (2m, 2m), upper.
+        scales: (T, 2, 2, n, m), pairs in the same order.
+    """
+    errors = torch.empty_like(rest[:, start:end])
+    for k in range(start, end, 2):
+        block = rest[:, k : k + 2]
+        codes[..., k // 2], value = _round_pair(block, scales[..., k // 2])
+        # solve E C_bb = block - value for E, C_bb = [[a, b], [0, d]]
+        difference = block - value
+        first = difference[:, 0] / factor[k, k]
+        second = (difference[:, 1] - first * factor[k, k + 1]) / factor[k + 1, k + 1]
+        error = torch.stack((first, second), dim=1)
+        rest[:, k + 2 : end] -= error @ factor[k : k + 2, k + 2 : end]
+        errors[:, k - start : k - start + 2] = error
+    return errors
+
+
 def round_with_feedback(
     weight: Tensor, gram: Tensor, scales: Tensor, scheme: PhaseScheme, *, damping: float = 0.01, lazy: int = 64
 ) -> tuple[Tensor, Tensor]:
@@ -120,33 +144,33 @@ def round_with_feedback(
     """
     rows, columns = weight.shape
     n, m = rows // 2, columns // 2
-    full = expand_groups(scales, n, m, scheme.granularity, scheme.tile).expand(scheme.stages, 2, 2, n, m)
     energy = gram.diagonal()
     order = (energy[:m] + energy[m:]).argsort(descending=True)  # the inputs that matter most are rounded first
     columns_in_order = _pairs_first(m, order)
     factor = inverse_factor(gram[columns_in_order][:, columns_in_order], damping)
-    rest = weight[:, columns_in_order].clone()
-    moved = torch.empty_like(rest)
-    codes = torch.empty((scheme.stages, 2, n, m), dtype=torch.uint8, device=weight.device)
+    rest = weight[:, columns_in_order].contiguous()
+    codes = torch.empty((scheme.stages, 2, n, m), dtype=torch.uint8, device=weight.device)  # in this order
+    kernel = scheme.granularity == "row" and weight.dtype == torch.float32 and has_kernels(weight.device, weight.dtype)
+    if kernel:
+        factor, scales = factor.contiguous(), scales.contiguous()
+    else:
+        full = expand_groups(scales, n, m, scheme.granularity, scheme.tile).expand(scheme.stages, 2, 2, n, m)[
+            ..., order
+        ]
     for start in range(0, columns, 2 * lazy):
         end = min(start + 2 * lazy, columns)
-        errors = torch.empty((rows, end - start), device=weight.device)
-        for k in range(start, end, 2):
-            j = int(order[k // 2])
-            block = rest[:, k : k + 2]
-            moved[:, k : k + 2] = block
-            codes[..., j], value = _round_pair(block, full[..., j])
-            # solve E C_bb = block - value for E, C_bb = [[a, b], [0, d]]
-            difference = block - value
-            first = difference[:, 0] / factor[k, k]
-            second = (difference[:, 1] - first * factor[k, k + 1]) / factor[k + 1, k + 1]
-            error = torch.stack((first, second), dim=1)
-            rest[:, k + 2 : end] -= error @ factor[k : k + 2, k + 2 : end]
-            errors[:, k - start : k - start + 2] = error
+        if kernel:
+            from .ops.triton.feedback import round_columns
+
+            errors = round_columns(rest, codes, factor, scales, start, end - start)
+        else:
+            errors = _round_columns(rest, codes, factor, full, start, end)
         rest[:, end:] -= errors @ factor[start:end, end:]
     back = torch.empty_like(columns_in_order)
     back[columns_in_order] = torch.arange(columns, device=weight.device)
-    return codes, moved[:, back]
+    in_place = torch.empty_like(codes)
+    in_place[..., order] = codes
+    return in_place, rest[:, back]
 
 
 def refit_row_scales(weight: Tensor, gram: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
