@@ -74,7 +74,10 @@ def draw(first: dict[int, float], second: dict[int, float], checkpoint: int, fil
     axes.plot(list(first), list(first.values()), label=f"until killed behind step {max(first)}", linewidth=2.5)
     axes.plot(list(second), list(second.values()), label=f"resumed from step {checkpoint}", linewidth=1.2)
     axes.axvline(checkpoint, color="0.6", linestyle=":", linewidth=1)
-    axes.set(xlabel="step", ylabel="training loss")
+    early = max(first) // 15  # where it falls too steeply to leave room for the rest
+    losses = [loss for part in (first, second) for step, loss in part.items() if step >= early]
+    room = 0.05 * (max(losses) - min(losses))
+    axes.set(xlabel="step", ylabel="training loss", ylim=(min(losses) - room, max(losses) + room))
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=150)
