@@ -411,6 +411,22 @@ def test_distillation_pulls_the_student_to_the_teacher(folder, tmp_path):
     assert divergence(tmp_path / "kl") < 0.5 * divergence(tmp_path / "ce")
 
 
+def test_with_torch_compile_the_blocks_of_the_teacher_are_compiled_too(folder, tmp_path, monkeypatch):
+    compiled, original = [], torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **how: compiled.append((self, how)) or original(self, **how)
+    )
+    train(folder, tmp_path / "plain", LEARNED_ROWS, distill=0.5, save_strategy="no")
+    assert not compiled
+    how = {"torch_compile": True, "torch_compile_backend": "eager"}  # traced, and run as it is
+    train(folder, tmp_path / "compiled", LEARNED_ROWS, distill=0.5, save_strategy="no", **how)
+    blocks = [(type(block).__name__, how) for block, how in compiled if not block.training]
+    assert blocks == [("LlamaDecoderLayer", {"backend": "eager"})] * len(blocks) and blocks
+    (plain, other) = (weights(tmp_path / name) for name in ("plain", "compiled"))
+    for name in plain:
+        torch.testing.assert_close(other[name], plain[name], rtol=1e-4, atol=1e-5)
+
+
 def test_an_ignored_signal_stays_ignored(handlers):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     stop = StopAndSave()
