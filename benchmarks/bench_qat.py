@@ -13,7 +13,8 @@ percentile, by CUDA events. Peak memory is that of a call of one variant alone o
 counted.
 
     linear            nn.Linear
-    v1 .. v4          QATLinear with the kernels, as the paper's methods; learned-row: two stages, learned scales
+    v1 .. v4          QATLinear with the kernels, as the paper's methods
+    learned-row       two stages, learned scales; rotated: the same with the weight rotated, fairy2i_w2
     v2 codes, dense   the same, with the quantized weight kept from before (fairy2i.reuse), as within a step
     v2 torch          QATLinear with PyTorch alone; "compiled" is torch.compile of it
     v2 complex        a plain implementation in complex arithmetic, written for this comparison
@@ -57,6 +58,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes its time")
     parser.add_argument("--check", action="store_true", help="compare kernels with PyTorch, and measure nothing")
     parser.add_argument("--small", action="store_true", help="fewer cases of --check, as for compute-sanitizer")
+    parser.add_argument("--budget", type=float, default=90, help="seconds after which the sweep measures no more")
     parser.add_argument("--out", help="JSON file to write; default: the screen alone")
     return parser.parse_args(argv)
 
@@ -210,7 +212,10 @@ def table(rows: list[dict[str, Any]], first: Sequence[str]) -> str:
     """Return rows as Markdown, with times and memory over those of the row called linear in the same group."""
     lines = [f"| {' | '.join(first)} | ms | low | high | over linear | peak MiB | over linear |"]
     lines.append("|" + "---|" * (len(first) + 6))
+    lines[:0] = [f"failed: {row['failed']}" for row in rows if "failed" in row]
     for row in rows:
+        if "failed" in row:
+            continue
         peak = "" if row.get("peak") is None else f"{row['peak'] / 2**20:.0f}"
         cells = [*(str(row[name]) for name in first), *(f"{row[key]:.4g}" for key in ("ms", "low", "high"))]
         more = "" if not row.get("memory") else f"{row['memory']:.3f}"
@@ -254,7 +259,7 @@ def make_compiled(weight: nn.Parameter, method: str | None) -> Any:
 
 def scheme_of(method: str) -> Any:
     """Return the scheme of a method."""
-    return LEARNED if method == "learned" else METHODS[method]
+    return LEARNED if method == "learned" else METHODS["fairy2i_w2" if method == "rotated" else method]
 
 
 def bench_layers(args: argparse.Namespace, device: torch.device, clock: Clock) -> list[dict[str, Any]]:
@@ -272,6 +277,7 @@ def bench_layers(args: argparse.Namespace, device: torch.device, clock: Clock) -
                 ("linear", on, partial(make_layer, weight, None)),
                 *((f"v{t}", on, partial(make_layer, weight, f"complex_phase_v{t}")) for t in range(1, 5)),
                 ("learned-row", on, partial(make_layer, weight, "learned")),
+                ("rotated", on, partial(make_layer, weight, "rotated")),
                 ("v2 codes", on, partial(make_kept, weight, v2, "codes")),
                 ("v2 dense", on, partial(make_kept, weight, v2, "dense")),
             ]
@@ -389,6 +395,7 @@ def bench_block(args: argparse.Namespace, device: torch.device, clock: Clock) ->
                 ("v2", v2, None, on),
                 ("v4", v4, None, on),
                 ("learned-row", "learned", None, on),
+                ("rotated", "rotated", None, on),
                 ("v2 torch", v2, None, "torch"),
             ],
         ),
@@ -403,30 +410,41 @@ def bench_block(args: argparse.Namespace, device: torch.device, clock: Clock) ->
                 ("v2 dense", v2, "dense", on),
                 ("v4 codes", v4, "codes", on),
                 ("learned-row codes", "learned", "codes", on),
+                ("rotated dense", "rotated", "dense", on),
             ],
         ),
     ]
     if clock.cuda:
-        sharded = [linear, ("v2", v2, None, on), ("learned-row", "learned", None, on)]
+        sharded: list[tuple[str, str | None, str | None, str]] = [
+            linear,
+            ("v2", v2, None, on),
+            ("learned-row", "learned", None, on),
+            ("rotated", "rotated", None, on),
+        ]
         settings.append(("1 micro-batch, FSDP2", 1, True, sharded))
         settings.append(("4 micro-batches, FSDP2", 4, True, [linear, ("v2 codes", v2, "codes", on)]))
         defaults = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
         for key, value in defaults.items():
             os.environ.setdefault(key, value)
         dist.init_process_group("nccl", device_id=device)
-    rows = []
+    rows: list[dict[str, Any]] = []
     try:
-        base, rotary, width = llama_block(small=not clock.cuda)
+        with device:
+            base, rotary, width = llama_block(small=not clock.cuda)
         for tokens in args.tokens or [8192 if clock.cuda else 64]:
             batch = max(tokens // length, 1)
             x = torch.randn(batch, length, width, device=device, dtype=dtype, requires_grad=True)
             grad = torch.randn(batch, length, width, device=device, dtype=dtype)
-            positions = rotary.to(device)(x, torch.arange(length, device=device)[None])
+            positions = rotary(x, torch.arange(length, device=device)[None])
             for setting, count, shard, variants in settings:
                 steps, peaks = {}, {}
                 for name, method, kept, how in variants:
                     make = partial(BlockStep, base, method, count, shard, kept, how, x, grad, positions)
-                    steps[name], peak = peak_of(make, device)
+                    try:
+                        steps[name], peak = peak_of(make, device)
+                    except Exception as error:  # the others go on without it
+                        rows.append({"failed": f"{setting} {name}: {error!r}"[-1000:]})
+                        continue
                     peaks[name] = None if peak is None else peak + size_of(x, grad)
                 times = in_turns(steps, max(args.turns * 2 // 3 // count, 3), clock)
                 rows += with_ratios(times, peaks, "linear", layer=setting, tokens=batch * length)
@@ -498,8 +516,8 @@ def bench_host(args: argparse.Namespace, device: torch.device, clock: Clock) -> 
     grad = torch.randn(16, 256, device=device, dtype=torch.bfloat16)
     linear = nn.Linear(256, 256, bias=False, device=device, dtype=torch.bfloat16)
     steps = {"linear": step_of(linear, x, grad, "auto")}
-    for name in ("complex_phase_v2", "complex_phase_v4", "learned"):
-        module = QATLinear.from_linear(copy.deepcopy(linear), METHODS.get(name, LEARNED))
+    for name in ("complex_phase_v2", "complex_phase_v4", "learned", "rotated"):
+        module = QATLinear.from_linear(copy.deepcopy(linear), scheme_of(name))
         steps[name] = step_of(module, x, grad, "auto")
     kept = QATLinear.from_linear(copy.deepcopy(linear), METHODS["complex_phase_v2"])
     Reuse(kept, "codes").begin()
@@ -517,40 +535,149 @@ def bench_host(args: argparse.Namespace, device: torch.device, clock: Clock) -> 
     return rows
 
 
-def bench_sweep(args: argparse.Namespace, device: torch.device, clock: Clock) -> list[dict[str, Any]]:
-    """Measure other sizes of chunks and grids, for who wants to tune them."""
+# Other ways to launch: (rows, columns, warps) of a chunk, programs, depth
+CHUNKS = [(1, 512, 2), (1, 512, 4), (4, 128, 2), (1, 1024, 4), (1, 1024, 8), (8, 128, 4), (1, 2048, 4), (2, 1024, 8)]
+COUNTS = (264, 512, 1024, 2048)
+DEPTHS = (1, 2, 3)
+MORE = ({"registers": 64}, {"registers": 80})
+
+
+@contextlib.contextmanager
+def planned(**plans: Any) -> Iterator[None]:
+    """Launch kernels as ``plans`` say, by what a kernel does; others as ever."""
     from fairy2i.ops.triton import quantize as launch
 
-    rows = []
-    run, bf16 = torch.ops.fairy2i, torch.bfloat16
-    original, programs = launch._chunk, launch.PROGRAMS
+    original: Any = launch._plan
+
+    def plan(n: int, m: int, granularity: str, tile: int, what: str, stages: int, turned: bool) -> Any:
+        return plans.get(what) or original(n, m, granularity, tile, what, stages, turned)
+
+    setattr(launch, "_plan", plan)  # noqa: B010
     try:
-        for out, inner in args.shapes[:2]:
-            weights = [torch.randn(out, inner, device=device, dtype=bf16) * 0.02 for _ in range(4)]
-            for granularity, counts in (("tensor", (512, 1024, 2048)), ("row", (512,))):
-                how = (2, granularity, 64)
-                fit = run.phase_quantize_mean(weights[0], *how, None, False)[1]
-                for cols, warps in ((512, 2), (512, 4), (1024, 4), (1024, 8), (2048, 8)):
-                    for launch.PROGRAMS in counts:
-                        setattr(launch, "_chunk", partial(_fixed_chunk, (1, cols, warps)))  # noqa: B010
-                        turn = Rotation(weights)
-                        calls: dict[str, Callable[[], Any]] = {
-                            "mean": lambda how=how, turn=turn: run.phase_quantize_mean(*turn(), *how, bf16, False),
-                            "given": lambda how=how, turn=turn, fit=fit: run.phase_quantize_given(
-                                *turn(), fit, *how, bf16, False, None
-                            ),
-                        }
-                        times = in_turns(calls, 7, clock, calls_each=8)
-                        row = {"layer": f"{out}x{inner}", "granularity": granularity, "cols": cols, "warps": warps}
-                        row |= {"programs": launch.PROGRAMS}
-                        rows.append(row | {f"{key}_us": round(value["ms"] * 1e3, 1) for key, value in times.items()})
+        yield
     finally:
-        launch._chunk, launch.PROGRAMS = original, programs
+        setattr(launch, "_plan", original)  # noqa: B010
+
+
+def sweep_call(what: str, stages: int, weights: Rotation) -> Callable[[], Any]:
+    """Return a call of the sums ("sums"), of writing with given scales ("write") or of both ("mean")."""
+    from fairy2i.ops.triton.quantize import sum_stages
+
+    how, bf16 = (stages, "tensor", 64), torch.bfloat16
+    if what == "sums":
+        found = torch.empty(stages, 2, 2, device=weights.items[0][0].device)
+        return lambda: sum_stages(weights()[0], found)
+    if what == "mean":
+        return lambda: torch.ops.fairy2i.phase_quantize_mean(*weights(), *how, bf16, False)
+    scales = torch.linspace(0.02, 0.005, 4 * stages, device=weights.items[0][0].device).view(stages, 2, 2)
+    return lambda: torch.ops.fairy2i.phase_quantize_given(*weights(), scales, *how, bf16, False, None)
+
+
+def compile_plans(tasks: list[tuple[str, int, Any]]) -> list[str]:
+    """Compile kernels into Triton's cache on disk, in a process of its own; return what failed."""
+    failed = []
+    weights = Rotation([torch.zeros(4096, 4096, device="cuda", dtype=torch.bfloat16)])
+    for what, stages, plan in tasks:
+        try:
+            with planned(**{what: plan}):
+                sweep_call(what, stages, weights)()
+            torch.cuda.synchronize()
+        except Exception as error:  # the sweep goes on without it
+            failed.append(f"{what} {stages} {plan}: {error!r}"[:300])
+    return failed
+
+
+def bench_sweep(args: argparse.Namespace, device: torch.device, clock: Clock) -> list[dict[str, Any]]:
+    """Measure the kernels of one scale for all entries with other chunks, grids and depths, in two rounds.
+
+    The second one takes the best of the first, for v2 and v4, and then both kernels together.
+    """
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    from fairy2i.ops.triton.quantize import Plan
+
+    rows: list[dict[str, Any]] = []
+    until = time.perf_counter() + args.budget
+    sizes = [(out, inner, out * inner * 2) for out, inner in args.shapes]
+    weights = {
+        f"{out}x{inner}": Rotation(
+            [
+                torch.randn(out, inner, device=device, dtype=torch.bfloat16) * 0.02
+                for _ in range(max(2, int(2e8) // size))
+            ]
+        )
+        for out, inner, size in sizes
+    }
+    workers = min(len(os.sched_getaffinity(0)), 32)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+
+        def prepare(tasks: list[tuple[str, int, Any]]) -> None:
+            shares = [tasks[i::workers] for i in range(workers)]
+            for failed in pool.map(compile_plans, [share for share in shares if share]):
+                rows.extend({"failed": line} for line in failed)
+
+        def measure(what: str, stages: int, names: list[str], plans: dict[str, Any], turns: int = 5) -> None:
+            for name in names:
+                if time.perf_counter() > until:
+                    return
+                try:
+                    with planned(**plans):
+                        times = in_turns({"it": sweep_call(what, stages, weights[name])}, turns, clock, calls_each=8)
+                except Exception as error:
+                    rows.append({"failed": f"{what} {stages} {plans}: {error!r}"[:300]})
+                    continue
+                found = {"layer": name, "what": what, "stages": stages, "us": round(times["it"]["ms"] * 1e3, 1)}
+                rows.append(found | {key: tuple(plan) for key, plan in plans.items()})
+
+        def best(what: str, stages: int, count: int) -> list[Any]:
+            """Return the plans that are best over all layers together."""
+            total: dict[Any, float] = {}
+            for row in rows:
+                if row.get("what") == what and row["stages"] == stages and what in row:
+                    total[row[what]] = total.get(row[what], 0.0) + row["us"]
+            return [Plan(*plan) for plan in sorted(total, key=lambda plan: total[plan])[:count]]
+
+        names = list(weights)
+        plans = [Plan(*chunk, count, depth) for chunk in CHUNKS for count in COUNTS for depth in DEPTHS]
+        whats = ("sums", "write")
+        prepare([("sums", 2, plan) for plan in plans])
+        prepare([("write", 2, plan) for plan in plans if plan.programs == COUNTS[0]])  # the same for all counts
+        for what in whats:
+            for stages in (2, 4):
+                measure(what, stages, names, {})  # as it is
+            for plan in plans:
+                measure(what, 2, names[:2], {what: plan})
+        again = {what: [plan._replace(**more) for plan in best(what, 2, 4) for more in ({}, *MORE)] for what in whats}
+        prepare([(what, stages, plan) for what in whats for plan in again[what] for stages in (2, 4)])
+        for what in whats:
+            for plan in again[what]:
+                for stages in (2, 4):
+                    measure(what, stages, names, {what: plan}, 9)
+        for stages in (2, 4):
+            measure("mean", stages, names, {}, 9)
+            for sums in best("sums", stages, 2):
+                for write in best("write", stages, 2):
+                    measure("mean", stages, names, {"sums": sums, "write": write}, 9)
     return rows
 
 
-def _fixed_chunk(chunk: tuple[int, int, int], *_: Any, **__: Any) -> tuple[int, int, int]:
-    return chunk
+def sweep_summary(rows: list[dict[str, Any]]) -> str:
+    """Return the best few of each kind, and how it is now."""
+    lines = [f"failed: {row['failed']}" for row in rows if "failed" in row][:5]
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        if "us" in row:
+            groups.setdefault((row["what"], row["stages"], row["layer"]), []).append(row)
+    for (what, stages, layer), found in groups.items():
+        plain = [row["us"] for row in found if not {"sums", "write"} & row.keys()]
+        lines.append(
+            f"{what} v{stages} {layer}: now {plain[0] if plain else '?'} us; rows, cols, warps, programs, depth ..."
+        )
+        for row in sorted(found, key=lambda row: row["us"])[:6]:
+            plans = {key: row[key] for key in ("sums", "write") if key in row}
+            lines.append(f"    {row['us']:7.1f} {' '.join(f'{key} {plan}' for key, plan in plans.items()) or 'now'}")
+    return "\n".join(lines)
 
 
 # Checking
@@ -633,6 +760,8 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) 
         say(f"\n{part} ({report[f'{part}_seconds']:.0f} s)\n")
         if part in ("layers", "block", "kernels"):
             say(table(rows, ("layer", "tokens", "variant")))
+        elif part == "sweep":
+            say(sweep_summary(rows))
         else:
             say("\n".join(json.dumps(row) for row in rows))
         if args.out:  # after each, so that a run that breaks off leaves what it has

@@ -9,6 +9,7 @@ FAIRY2I_TRAINING_BACKEND=torch, or :func:`set_backend`, turns the kernels off; "
 Triton's interpreter (TRITON_INTERPRET=1) runs them on the processor.
 """
 
+import contextlib
 import importlib.util
 import os
 from typing import Any, Literal
@@ -58,6 +59,15 @@ def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
 def fused(weight: Tensor, stages: int, dtype: torch.dtype | None = None) -> bool:
     """Return whether kernels quantize this weight, or one of ``dtype`` on the same device."""
     return stages <= MOST_STAGES and has_kernels(weight.device, dtype or weight.dtype)
+
+
+_HERE = contextlib.nullcontext()
+
+
+def _on_device(tensor: Tensor) -> Any:
+    """Return a context in which kernels are launched where the tensor is: nothing, if that is the current device."""
+    here = not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device()
+    return _HERE if here else on_device(tensor)
 
 
 def clamped(scales: Tensor) -> Tensor:
@@ -117,7 +127,7 @@ def _quantize(
         dense, blocks = _outputs(weight, stages, dtype, codes)
         used = scales.contiguous()
     given = (None if dtype is None else dense, blocks if codes else None)
-    with on_device(weight):
+    with _on_device(weight):
         quantize(weight, used, *given, stages=stages, granularity=granularity, tile=tile, mean=mean)
     return dense, used, blocks
 
@@ -179,7 +189,7 @@ def _dequantize_blocks(
     from .triton.quantize import dequantize
 
     dense = _fake_blocks(blocks, scales, stages, granularity, tile, master, dtype, after)
-    with on_device(blocks):
+    with _on_device(blocks):
         dequantize(blocks, scales, dense, stages=stages, granularity=granularity, tile=tile, master=master)
     return dense
 
@@ -216,7 +226,7 @@ def _scale_gradient(
         return phase_scale_gradient(grad, codes, **settings)
     from .triton.quantize import scale_gradient
 
-    with on_device(weight):
+    with _on_device(weight):
         return scale_gradient(
             grad, weight, blocks, scales.contiguous(), stages=stages, granularity=granularity, tile=tile
         )

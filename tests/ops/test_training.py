@@ -9,7 +9,7 @@ import torch
 from layers import DTYPES, NEEDS_TRITON, on_both, on_gpu
 from torch import nn
 
-from fairy2i import METHODS, PhaseScheme, QATLinear
+from fairy2i import METHODS, PhaseScheme, QATLinear, qat
 from fairy2i.ops import training as ops
 from fairy2i.phase_quant import SCALE_MIN, phase_dequantize, phase_quantize, phase_scale_gradient
 from fairy2i.reuse import KEPT, reuse_quantized
@@ -28,8 +28,9 @@ BIG = [(2, 100002), (100002, 2), (130, 258), (576, 1536), (1000, 334), (4096, 40
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
-    """Use the kernels on every device."""
+    """Use the kernels on every device, and in compiled layers of any size."""
     monkeypatch.setattr(ops, "_backend", "triton")
+    monkeypatch.setattr(qat, "COMPILED", 0)
 
 
 def settings(granularity, tile):
@@ -63,11 +64,11 @@ def assert_as_reference(weight, stages, granularity, tile, given=None, dtype=Non
 @on_both
 @pytest.mark.parametrize("granularity, tile", GROUPS, ids=str)
 @pytest.mark.parametrize("stages", [1, 2, 3, 4])
-def test_codes_scales_and_dense_weight_equal_the_reference(device, stages, granularity, tile):
-    for dtype in DTYPES if device == "cuda" else DTYPES[:1]:
-        for shape in ((2, 2), (6, 30), (34, 70)) if device == "cuda" else ((2, 2), (6, 30)):
-            weight = torch.randn(shape, device=device).mul(0.02).to(dtype)
-            assert_as_reference(weight, stages, granularity, tile)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_codes_scales_and_dense_weight_equal_the_reference(device, dtype, stages, granularity, tile):
+    shapes = [(6, 30), (34, 70)] if device == "cuda" else [(6, 30)]
+    for shape in [(2, 2), *shapes] if dtype == torch.bfloat16 else shapes:
+        assert_as_reference(torch.randn(shape, device=device).mul(0.02).to(dtype), stages, granularity, tile)
 
 
 @on_both
@@ -90,6 +91,45 @@ def test_ties_and_zeros_fall_the_same_way(device, granularity, tile, dtype):
 
 
 @on_both
+@pytest.mark.parametrize("granularity, tile", GROUPS, ids=str)
+def test_zeros_of_either_sign_and_rests_of_zero_are_the_reference_s(device, granularity, tile):
+    weight = torch.randint(-2, 3, (14, 22), device=device) / 2.0
+    weight = torch.where(torch.rand_like(weight) < 0.3, -0.0, weight)
+    shape = phase_quantize(weight, stages=3, **settings(granularity, tile))[1].shape
+    assert_as_reference(weight, 3, granularity, tile, torch.full(shape, 0.5, device=device))
+    assert_as_reference(weight.sign(), 3, granularity, tile)
+
+
+@on_both
+@pytest.mark.parametrize("shape", [(8, 48), (10, 46)], ids=["whole chunks", "parts of chunks"])
+def test_programs_share_chunks_however_many_they_are(monkeypatch, device, shape):
+    from fairy2i.ops.triton import quantize
+
+    for programs, depth in ((1, 1), (4, 2)):
+        plan = quantize.Plan(rows=2, cols=8, warps=1, programs=programs, depth=depth)
+        monkeypatch.setattr(quantize, "_plan", lambda *_, plan=plan: plan)
+        weight = torch.randn(shape, device=device)
+        for stages in (1, 2):
+            codes, scales = assert_as_reference(weight, stages, "tensor", 64)
+        grad = torch.randn(shape, device=device)
+        found = run.phase_scale_gradient(grad, weight, None, scales, stages, "tensor", 64)
+        assert equal(found, phase_scale_gradient(grad, codes, granularity="tensor"))
+        weight[3, 5] = float("inf")  # some programs meet it
+        assert_as_reference(weight, 2, "tensor", 64)
+
+
+@on_both
+def test_rows_and_tiles_of_whole_chunks_and_scales_of_small_weights(device):
+    for granularity, tile in (("row", 64), ("tile", 4)):
+        weight = torch.randn(8, 64, device=device)
+        _, scales = assert_as_reference(weight, 2, granularity, tile)
+        assert_as_reference(weight, 2, granularity, tile, scales * 1.1)
+        weight[3, 5] = float("inf")
+        assert_as_reference(weight, 2, granularity, tile)
+    assert_as_reference(torch.randn(64, 192, device=device), 2, "tensor", 64)  # chunks of 32 x 32
+
+
+@on_both
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("granularity, tile", GROUPS, ids=str)
 def test_nan_and_infinity_are_the_reference_s(device, granularity, tile, bad):
@@ -108,6 +148,25 @@ def test_given_scales_count_at_least_the_least(device, granularity, tile):
     given.flatten()[::3] = -1.0
     _, scales = assert_as_reference(weight, 3, granularity, tile, given)
     assert scales.min() == torch.tensor(SCALE_MIN)
+
+
+@on_both
+def test_scales_may_be_of_another_dtype_as_where_sharding_casts_them(device):
+    weight, how = torch.randn(6, 10, device=device), (2, "row", 64)
+    codes, exact = phase_quantize(weight, stages=2, granularity="row")
+    scales = exact.bfloat16()
+    codes, _ = assert_as_reference(weight, 2, "row", 64, scales)
+    found = run.phase_scale_gradient(weight, weight, None, scales, *how)
+    assert equal(found, phase_scale_gradient(weight, codes, granularity="row"))
+
+
+@on_both
+def test_another_call_of_the_same_kind_is_right_too(device):
+    around = torch.randn(6 * 10 + 1, device=device)
+    for granularity, tile in GROUPS:
+        for start in (0, 1, 0, 1):  # Triton compiles for addresses that are multiples of 16 bytes, or not
+            assert_as_reference(around[start : start + 60].view(6, 10), 2, granularity, tile)
+            around = around.roll(7)
 
 
 @on_both
@@ -275,19 +334,13 @@ def test_a_compiled_model_saves_no_dense_weight_for_the_backward(request, device
 # On a GPU
 
 
+# each test compiles a few kernels, which takes longer than all else
 @on_gpu
+@pytest.mark.parametrize("granularity, stages", [("tensor", 1), ("tensor", 2), ("tensor", 4), ("row", 2), ("tile", 2)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", BIG, ids=str)
-def test_large_and_odd_shapes_equal_the_reference(device, shape):
-    for dtype in (torch.bfloat16, torch.float32):
-        weight = torch.randn(shape, device=device).mul(0.02).to(dtype)
-        for stages, granularity, tile in (
-            (1, "tensor", 64),
-            (2, "tensor", 64),
-            (4, "tensor", 64),
-            (2, "row", 64),
-            (2, "tile", 64),
-        ):
-            assert_as_reference(weight, stages, granularity, tile)
+def test_large_and_odd_shapes_equal_the_reference(device, shape, dtype, granularity, stages):
+    assert_as_reference(torch.randn(shape, device=device).mul(0.02).to(dtype), stages, granularity, 64)
 
 
 @on_gpu

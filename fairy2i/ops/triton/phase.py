@@ -1,17 +1,22 @@
 """Kernels that quantize a master weight for training: to its dense quantized weight, codes, scales and their gradient.
 
-A program works on a *rectangle* of the complex (n, m) matrix, chunk by chunk. An entry (i, j) of it is the 2x2 block of
-the real weight at rows i, n + i and columns j, m + j; one block is one entry of U and one of W. The rectangle is what
-shares scales, or a part of it:
+A program works on the complex (n, m) matrix chunk by chunk. An entry (i, j) of it is the 2x2 block of the real weight
+at rows i, n + i and columns j, m + j; one block is one entry of U and one of W. What shares scales:
 
-    tensor   a band of rows. A launch for each stage sums magnitudes, a row of ``partials`` for each program; the next
-             launch adds the rows up, in each of its programs, and writes the mean down. No program waits for another.
+    tensor   all; each program takes every so-manieth chunk. A launch for each stage sums magnitudes, a row of
+             ``partials`` for each program; the next launch adds the rows up, in each of its programs, and writes the
+             mean down. No program waits for another. Launches go through the matrix to and fro (BACK), so that each
+             begins with what the one before has left in the cache.
     row      a few rows, all columns: means and results in one launch, the weight read from device memory once.
     tile     one tile, likewise.
 
 Sums are in float64 over float32 terms and rounded once, so that their order does not show in the means; there are no
 atomics, so a result has the same bits in each run. The arithmetic is that of :mod:`fairy2i.phase_quant`, operation by
 operation. Launch with ``enable_fp_fusion=False``: a fused multiply-add would round other than two operations do.
+
+FAST code is for finite numbers and takes about half the instructions. Such an entry is real where |re| > |im| or
+re = -im, and its sign is that of re, else of im: as the signs of p = re + im and q = re - im say, ties and all.
+Programs look for what is not finite on the way, and where they find it do their work again as NaN and infinity need it.
 
 *Block codes* are uint8 (ceil(T/2), n, m): byte s of a block has u and w of stage 2s in bits 0-1 and 2-3, and those of
 stage 2s+1 in bits 4-5 and 6-7. At two stages one byte stands for four real weights.
@@ -27,29 +32,115 @@ SCALE_MIN: tl.constexpr = tl.constexpr(1e-6)  # as in fairy2i.phase_quant
 
 
 @triton.jit
-def _places(r, r_end, c, c_end, BR: tl.constexpr, BC: tl.constexpr):
-    """Return rows (BR,) and columns (BC,) of a chunk, wide enough to address with, and which of it is there."""
-    rows = r + tl.arange(0, BR)
-    cols = c + tl.arange(0, BC)
-    return rows.to(tl.int64), cols.to(tl.int64), (rows < r_end)[:, None] & (cols < c_end)[None, :]
+def _first_chunk(first, every, rows, cols, BR: tl.constexpr, BC: tl.constexpr):
+    """Return the walk of a program over chunks ``first``, ``first + every`` ... of a rectangle, and how many they are.
+
+    A walk is the chunk's row and column, in chunks, what they go on by, and how many chunks there are down and across.
+    """
+    high, across = tl.cdiv(rows, BR), tl.cdiv(cols, BC)
+    walk = (first // across, first % across, every // across, every % across, high, across)
+    return walk, tl.cdiv(high * across - first, every)
 
 
 @triton.jit
-def _load_blocks(matrix, rows, cols, row_stride, col_stride, down, right, inside):
-    """Return the quarters A11, A12, A21, A22 at (rows, cols) as float32, 0 outside."""
-    at = matrix + rows[:, None] * row_stride + cols[None, :] * col_stride
-    a11 = tl.load(at, inside, 0.0).to(tl.float32)
-    a12 = tl.load(at + right, inside, 0.0).to(tl.float32)
-    a21 = tl.load(at + down, inside, 0.0).to(tl.float32)
-    a22 = tl.load(at + down + right, inside, 0.0).to(tl.float32)
+def _next_chunk(walk):
+    i, j, down, right, high, across = walk
+    j += right
+    over = j >= across
+    return i + down + over.to(tl.int32), tl.where(over, j - across, j), down, right, high, across
+
+
+@triton.jit
+def _place(walk, BR: tl.constexpr, BC: tl.constexpr, BACK: tl.constexpr):
+    """Return the row and the column where a chunk begins; BACK counts from the other end."""
+    i, j, _, _, high, across = walk
+    if BACK:
+        i = high - 1 - i
+        j = across - 1 - j
+    return i * BR, j * BC
+
+
+@triton.jit
+def _inside(r, c, rows, cols, BR: tl.constexpr, BC: tl.constexpr):
+    """Return which entries of a chunk are in the rectangle."""
+    return (tl.arange(0, BR) < rows - r)[:, None] & (tl.arange(0, BC) < cols - c)[None, :]
+
+
+@triton.jit
+def _steps(row_stride, col_stride, BR: tl.constexpr, BC: tl.constexpr):
+    """Return how far each entry of a chunk is from the first, wide enough to address with."""
+    return tl.arange(0, BR).to(tl.int64)[:, None] * row_stride + tl.arange(0, BC).to(tl.int64)[None, :] * col_stride
+
+
+@triton.jit
+def _load(at, inside, EVEN: tl.constexpr):
+    """Load, 0 outside; EVEN: nothing is outside."""
+    if EVEN:
+        return tl.load(at)
+    else:
+        return tl.load(at, inside, 0)
+
+
+@triton.jit
+def _store(at, value, inside, EVEN: tl.constexpr):
+    if EVEN:
+        tl.store(at, value)
+    else:
+        tl.store(at, value, inside)
+
+
+@triton.jit
+def _load_blocks(matrix, layout, r, c, steps, inside, EVEN: tl.constexpr):
+    """Return the quarters A11, A12, A21, A22 of a chunk as float32, 0 outside. ``layout``: strides, down, right."""
+    row_stride, col_stride, down, right = layout
+    at = matrix + (r.to(tl.int64) * row_stride + c.to(tl.int64) * col_stride) + steps
+    a11 = _load(at, inside, EVEN).to(tl.float32)
+    a12 = _load(at + right, inside, EVEN).to(tl.float32)
+    a21 = _load(at + down, inside, EVEN).to(tl.float32)
+    a22 = _load(at + down + right, inside, EVEN).to(tl.float32)
     return a11, a12, a21, a22
 
 
 @triton.jit
-def _load_parts(weight, rows, cols, row_stride, col_stride, down, right, inside):
-    """Return (Re U, Im U, Re W, Im W) at (rows, cols) as float32, 0 outside."""
-    a11, a12, a21, a22 = _load_blocks(weight, rows, cols, row_stride, col_stride, down, right, inside)
+def _parts(a11, a12, a21, a22):
+    """Return (Re U, Im U, Re W, Im W)."""
     return (a11 + a22) * 0.5, (a21 - a12) * 0.5, (a11 - a22) * 0.5, (a12 + a21) * 0.5
+
+
+# Finite numbers
+
+
+@triton.jit
+def _fast_parts(a11, a12, a21, a22, UNIT: tl.constexpr):
+    """Return the parts, times 2 UNIT; real ones are no negative zeros."""
+    return tl.fma(a11 + a22, UNIT, 0.0), (a21 - a12) * UNIT, tl.fma(a11 - a22, UNIT, 0.0), (a12 + a21) * UNIT
+
+
+@triton.jit
+def _fast_real(re, im):
+    return (tl.abs(re) > tl.abs(im)) | (re == im * -1.0)  # `-im` would be a subtraction
+
+
+@triton.jit
+def _with_sign(scale, x):
+    """Return the scale, positive, with the sign of x."""
+    sign = x.to(tl.int32, bitcast=True) & -0x80000000
+    return (sign | scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _fast_residual(re, im, scale_re, scale_im):
+    """Return what a stage leaves over."""
+    real = _fast_real(re, im)
+    return tl.where(real, re - _with_sign(scale_re, re), re), tl.where(real, im, im - _with_sign(scale_im, im))
+
+
+@triton.jit
+def _finite(x):
+    return tl.abs(x) < float("inf")
+
+
+# All numbers
 
 
 @triton.jit
@@ -84,8 +175,8 @@ def _magnitudes(re, im, p_positive, real, inside):
 
 
 @triton.jit
-def _code(p_positive, q_positive):
-    return (p_positive != q_positive).to(tl.int32) * 2 + p_positive.to(tl.int32)
+def _code(p_positive, real):
+    return tl.where(real, 0, 2) + p_positive.to(tl.int32)
 
 
 @triton.jit
@@ -107,13 +198,14 @@ def _mean(total, count):
 
 @triton.jit
 def _load_scales(scales, groups, group, inside, STAGES: tl.constexpr, ROWS: tl.constexpr):
-    """Return the scales of a group as a flat tuple, four for each stage: U re, U im, W re, W im."""
+    """Return the scales of a group as a flat tuple, four for each stage: U re, U im, W re, W im; any dtype."""
     known = ()
     for k in tl.static_range(4 * STAGES):
         if ROWS:
-            known = known + (_at_least_min(tl.load(scales + k * groups + group, inside, 1.0))[:, None],)  # noqa: RUF005
+            scale = tl.load(scales + k * groups + group, inside, 1.0)[:, None]
         else:
-            known = known + (_at_least_min(tl.load(scales + k * groups + group)),)  # noqa: RUF005
+            scale = tl.load(scales + k * groups + group)
+        known = known + (_at_least_min(scale.to(tl.float32)),)  # noqa: RUF005
     return known
 
 
@@ -146,47 +238,112 @@ def _group_sum(x, ROWS: tl.constexpr):
 
 @triton.jit
 def _stage_sums(
-    weight, row_stride, col_stride, down, right, r_begin, r_end, c_begin, c_end, known,
-    STAGE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, OWN: tl.constexpr,
+    weight, layout, rows, cols, r_begin, c_begin, walk, count, known,
+    STAGE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, OWN: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
-    """Return the magnitudes of one stage over a rectangle, and how many entries of U and W are real: (BR, BC / OWN)."""
+    """Return the magnitudes of one stage over chunks of a rectangle, and how many entries of U and W are real.
+
+    Each (BR, BC / OWN); the rectangle has its first entry at (r_begin, c_begin).
+    """
+    steps = _steps(layout[0], layout[1], BR, BC)
     sum_re_u = tl.zeros([BR, BC // OWN], tl.float64)
     sum_im_u = tl.zeros([BR, BC // OWN], tl.float64)
     sum_re_w = tl.zeros([BR, BC // OWN], tl.float64)
     sum_im_w = tl.zeros([BR, BC // OWN], tl.float64)
     real_u = tl.zeros([BR, BC // OWN], tl.int32)
     real_w = tl.zeros([BR, BC // OWN], tl.int32)
-    for r in range(r_begin, r_end, BR):
-        for c in range(c_begin, c_end, BC):
-            rows, cols, inside = _places(r, r_end, c, c_end, BR, BC)
-            re_u, im_u, re_w, im_w = _load_parts(weight, rows, cols, row_stride, col_stride, down, right, inside)
-            re_u, im_u, re_w, im_w = _residual(re_u, im_u, re_w, im_w, known, STAGE)
-            p_u, q_u = _encode(re_u, im_u)
-            p_w, q_w = _encode(re_w, im_w)
-            size_re_u, size_im_u = _magnitudes(re_u, im_u, p_u, p_u == q_u, inside)
-            size_re_w, size_im_w = _magnitudes(re_w, im_w, p_w, p_w == q_w, inside)
-            sum_re_u += _own_sum(size_re_u.to(tl.float64), OWN)
-            sum_im_u += _own_sum(size_im_u.to(tl.float64), OWN)
-            sum_re_w += _own_sum(size_re_w.to(tl.float64), OWN)
-            sum_im_w += _own_sum(size_im_w.to(tl.float64), OWN)
-            real_u += _own_sum((inside & (p_u == q_u)).to(tl.int32), OWN)
-            real_w += _own_sum((inside & (p_w == q_w)).to(tl.int32), OWN)
+    for _ in range(count):
+        r, c = _place(walk, BR, BC, BACK)
+        walk = _next_chunk(walk)
+        inside = _inside(r, c, rows, cols, BR, BC)
+        a11, a12, a21, a22 = _load_blocks(weight, layout, r_begin + r, c_begin + c, steps, inside, False)
+        re_u, im_u, re_w, im_w = _parts(a11, a12, a21, a22)
+        re_u, im_u, re_w, im_w = _residual(re_u, im_u, re_w, im_w, known, STAGE)
+        p_u, q_u = _encode(re_u, im_u)
+        p_w, q_w = _encode(re_w, im_w)
+        size_re_u, size_im_u = _magnitudes(re_u, im_u, p_u, p_u == q_u, inside)
+        size_re_w, size_im_w = _magnitudes(re_w, im_w, p_w, p_w == q_w, inside)
+        sum_re_u += _own_sum(size_re_u.to(tl.float64), OWN)
+        sum_im_u += _own_sum(size_im_u.to(tl.float64), OWN)
+        sum_re_w += _own_sum(size_re_w.to(tl.float64), OWN)
+        sum_im_w += _own_sum(size_im_w.to(tl.float64), OWN)
+        real_u += _own_sum((inside & (p_u == q_u)).to(tl.int32), OWN)
+        real_w += _own_sum((inside & (p_w == q_w)).to(tl.int32), OWN)
     return sum_re_u, sum_im_u, sum_re_w, sum_im_w, real_u, real_w
+
+
+@triton.jit
+def _fast_stage_sums(
+    weight, layout, rows, cols, r_begin, c_begin, walk, count, known,
+    STAGE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, OWN: tl.constexpr, EVEN: tl.constexpr, BACK: tl.constexpr,
+    DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Return the same as :func:`_stage_sums` where all numbers are finite; else a sum is not."""
+    # half of a sum of two 16-bit numbers is exact: their halves can wait for the end
+    NARROW: tl.constexpr = weight.dtype.element_ty != tl.float32
+    UNIT: tl.constexpr = 1.0 if NARROW else 0.5
+    scales = ()
+    for k in tl.static_range(4 * STAGE):
+        scales = scales + (known[k] * 2.0 if NARROW else known[k],)  # noqa: RUF005
+    steps = _steps(layout[0], layout[1], BR, BC)
+    sum_re_u = tl.zeros([BR, BC // OWN], tl.float64)
+    sum_im_u = tl.zeros([BR, BC // OWN], tl.float64)
+    sum_re_w = tl.zeros([BR, BC // OWN], tl.float64)
+    sum_im_w = tl.zeros([BR, BC // OWN], tl.float64)
+    real_u = tl.zeros([BR, BC // OWN], tl.int32)
+    real_w = tl.zeros([BR, BC // OWN], tl.int32)
+    for _ in tl.range(0, count, num_stages=DEPTH):
+        r, c = _place(walk, BR, BC, BACK)
+        walk = _next_chunk(walk)
+        inside = _inside(r, c, rows, cols, BR, BC)
+        a11, a12, a21, a22 = _load_blocks(weight, layout, r_begin + r, c_begin + c, steps, inside, EVEN)
+        re_u, im_u, re_w, im_w = _fast_parts(a11, a12, a21, a22, UNIT)
+        for t in tl.static_range(STAGE):
+            re_u, im_u = _fast_residual(re_u, im_u, scales[4 * t], scales[4 * t + 1])
+            re_w, im_w = _fast_residual(re_w, im_w, scales[4 * t + 2], scales[4 * t + 3])
+        is_u, is_w = _fast_real(re_u, im_u), _fast_real(re_w, im_w)
+        size_u = tl.maximum(tl.abs(re_u), tl.abs(im_u), propagate_nan=tl.PropagateNan.ALL)
+        size_w = tl.maximum(tl.abs(re_w), tl.abs(im_w), propagate_nan=tl.PropagateNan.ALL)
+        if not EVEN:
+            is_u, is_w = is_u & inside, is_w & inside
+            size_u, size_w = tl.where(inside, size_u, 0.0), tl.where(inside, size_w, 0.0)
+        wide_u, wide_w = size_u.to(tl.float64), size_w.to(tl.float64)
+        sum_re_u += _own_sum(tl.where(is_u, wide_u, 0.0), OWN)
+        sum_im_u += _own_sum(tl.where(is_u, 0.0, wide_u), OWN)
+        sum_re_w += _own_sum(tl.where(is_w, wide_w, 0.0), OWN)
+        sum_im_w += _own_sum(tl.where(is_w, 0.0, wide_w), OWN)
+        real_u += _own_sum(is_u.to(tl.int32), OWN)
+        real_w += _own_sum(is_w.to(tl.int32), OWN)
+    if NARROW:
+        return sum_re_u * 0.5, sum_im_u * 0.5, sum_re_w * 0.5, sum_im_w * 0.5, real_u, real_w
+    else:
+        return sum_re_u, sum_im_u, sum_re_w, sum_im_w, real_u, real_w
+
+
+@triton.jit
+def _add_six(a, b, c, d, e, f, g, h, i, j, k, m):
+    return a + g, b + h, c + i, d + j, e + k, f + m
+
+
+@triton.jit
+def _sum_six(six):
+    """Return the sum of each of six tensors: at once, so that threads meet once."""
+    flat = ()
+    for k in tl.static_range(6):
+        flat = flat + (tl.reshape(six[k], [six[k].numel], can_reorder=True),)  # noqa: RUF005
+    return tl.reduce(flat, 0, _add_six)
 
 
 @triton.jit
 def _add_partials(partials, programs, entries, PROGRAMS: tl.constexpr):
     """Return the means of a stage from the sums of all programs: partials (6, programs) float64."""
-    index = tl.arange(0, PROGRAMS)
-    there = index < programs
-    real_u = tl.sum(tl.load(partials + 4 * programs + index, there, 0.0))
-    real_w = tl.sum(tl.load(partials + 5 * programs + index, there, 0.0))
-    return (
-        _mean(tl.sum(tl.load(partials + index, there, 0.0)), real_u),
-        _mean(tl.sum(tl.load(partials + programs + index, there, 0.0)), entries - real_u),
-        _mean(tl.sum(tl.load(partials + 2 * programs + index, there, 0.0)), real_w),
-        _mean(tl.sum(tl.load(partials + 3 * programs + index, there, 0.0)), entries - real_w),
-    )
+    at = partials + tl.arange(0, PROGRAMS)
+    there = tl.arange(0, PROGRAMS) < programs
+    six = ()
+    for k in tl.static_range(6):
+        six = six + (tl.load(at + k * programs, there, 0.0),)  # noqa: RUF005
+    re_u, im_u, re_w, im_w, real_u, real_w = _sum_six(six)
+    return _mean(re_u, real_u), _mean(im_u, entries - real_u), _mean(re_w, real_w), _mean(im_w, entries - real_w)
 
 
 @triton.jit
@@ -199,80 +356,130 @@ def _store_four(scales, k, groups, group, four, inside, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _write(
-    weight, row_stride, col_stride, down, right, dense, codes, m, plane, dense_down, r_begin, r_end, c_begin, c_end,
-    known, STAGES: tl.constexpr, MASTER: tl.constexpr, FROM_CODES: tl.constexpr, DENSE: tl.constexpr,
-    CODES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+def _write_chunks(
+    weight, layout, dense, codes, m, plane, dense_down, rows, cols, r_begin, c_begin, walk, count, known,
+    STAGES: tl.constexpr, MASTER: tl.constexpr, FROM_CODES: tl.constexpr, DENSE: tl.constexpr, CODES: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, OWN: tl.constexpr, EVEN: tl.constexpr, BACK: tl.constexpr,
+    DEPTH: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Quantize a rectangle with known scales; write the dense weight, the block codes, or both.
-
-    FROM_CODES reads the block codes instead of the weight.
-    """
-    for r in range(r_begin, r_end, BR):
-        for c in range(c_begin, c_end, BC):
-            rows, cols, inside = _places(r, r_end, c, c_end, BR, BC)
-            block = rows[:, None] * m + cols[None, :]
-            if not FROM_CODES:
-                re_u, im_u, re_w, im_w = _load_parts(weight, rows, cols, row_stride, col_stride, down, right, inside)
-            for t in tl.static_range(STAGES):
-                if FROM_CODES:
-                    if t % 2 == 0:
-                        byte = tl.load(codes + (t // 2) * plane + block, inside, 0).to(tl.int32)
-                    nibble = byte >> (4 * (t % 2))
-                    p_u, real_u = (nibble & 1) != 0, (nibble & 2) == 0
-                    p_w, real_w = (nibble & 4) != 0, (nibble & 8) == 0
+    """Write the results of chunks of a rectangle; FAST: return a sum of magnitudes, finite where the results hold."""
+    steps = _steps(layout[0], layout[1], BR, BC)
+    steps_codes = _steps(m, 1, BR, BC)
+    steps_dense = _steps(2 * m, 1, BR, BC)
+    size = tl.zeros([BR, BC // OWN], tl.float32)
+    for _ in tl.range(0, count, num_stages=DEPTH):
+        r, c = _place(walk, BR, BC, BACK)
+        walk = _next_chunk(walk)
+        inside = _inside(r, c, rows, cols, BR, BC)
+        r += r_begin
+        c += c_begin
+        if CODES or FROM_CODES:
+            block = codes + (r.to(tl.int64) * m + c) + steps_codes
+        if not FROM_CODES:
+            a11, a12, a21, a22 = _load_blocks(weight, layout, r, c, steps, inside, EVEN)
+            if FAST:
+                re_u, im_u, re_w, im_w = _fast_parts(a11, a12, a21, a22, 0.5)
+                size += _own_sum((tl.abs(a11) + tl.abs(a22)) + (tl.abs(a12) + tl.abs(a21)), OWN)
+            else:
+                re_u, im_u, re_w, im_w = _parts(a11, a12, a21, a22)
+        for t in tl.static_range(STAGES):
+            if FROM_CODES:
+                if t % 2 == 0:
+                    byte = _load(block + (t // 2) * plane, inside, EVEN).to(tl.int32)
+                nibble = byte >> (4 * (t % 2))
+                p_u, real_u = (nibble & 1) != 0, (nibble & 2) == 0
+                p_w, real_w = (nibble & 4) != 0, (nibble & 8) == 0
+            elif FAST:
+                real_u, real_w = _fast_real(re_u, im_u), _fast_real(re_w, im_w)
+                if CODES:
+                    p_u = tl.where(real_u, re_u, im_u) >= 0
+                    p_w = tl.where(real_w, re_w, im_w) >= 0
+            else:
+                p_u, q_u = _encode(re_u, im_u)
+                p_w, q_w = _encode(re_w, im_w)
+                real_u, real_w = p_u == q_u, p_w == q_w
+            if CODES:
+                nibble = _code(p_u, real_u) + _code(p_w, real_w) * 4
+                if t % 2 == 0:
+                    byte = nibble
                 else:
-                    p_u, q_u = _encode(re_u, im_u)
-                    p_w, q_w = _encode(re_w, im_w)
-                    real_u, real_w = p_u == q_u, p_w == q_w
-                    if CODES:
-                        nibble = _code(p_u, q_u) + _code(p_w, q_w) * 4
-                        if t % 2 == 0:
-                            byte = nibble
-                        else:
-                            byte += nibble * 16
-                        if t % 2 == 1 or t == STAGES - 1:
-                            tl.store(codes + (t // 2) * plane + block, byte.to(tl.uint8), inside)
+                    byte += nibble * 16
+                if t % 2 == 1 or t == STAGES - 1:
+                    _store(block + (t // 2) * plane, byte.to(tl.uint8), inside, EVEN)
+            if FAST and not FROM_CODES:
+                add_re_u = tl.where(real_u, _with_sign(known[4 * t], re_u), 0.0)
+                add_im_u = tl.where(real_u, 0.0, _with_sign(known[4 * t + 1], im_u))
+                add_re_w = tl.where(real_w, _with_sign(known[4 * t + 2], re_w), 0.0)
+                add_im_w = tl.where(real_w, 0.0, _with_sign(known[4 * t + 3], im_w))
+            else:
                 add_re_u, add_im_u = _times_unit(p_u, real_u, known[4 * t], known[4 * t + 1])
                 add_re_w, add_im_w = _times_unit(p_w, real_w, known[4 * t + 2], known[4 * t + 3])
-                if t == 0:
-                    out_re_u, out_im_u, out_re_w, out_im_w = add_re_u, add_im_u, add_re_w, add_im_w
-                else:
-                    out_re_u += add_re_u
-                    out_im_u += add_im_u
-                    out_re_w += add_re_w
-                    out_im_w += add_im_w
-                if not FROM_CODES and t + 1 < STAGES:
-                    re_u -= add_re_u
-                    im_u -= add_im_u
-                    re_w -= add_re_w
-                    im_w -= add_im_w
-            if DENSE:
-                kind: tl.constexpr = dense.dtype.element_ty
-                at = dense + rows[:, None] * (2 * m) + cols[None, :]
-                tl.store(at, (out_re_u + out_re_w).to(MASTER).to(kind), inside)
-                tl.store(at + m, (out_im_w - out_im_u).to(MASTER).to(kind), inside)
-                tl.store(at + dense_down, (out_im_u + out_im_w).to(MASTER).to(kind), inside)
-                tl.store(at + dense_down + m, (out_re_u - out_re_w).to(MASTER).to(kind), inside)
+            if t == 0:
+                out_re_u, out_im_u, out_re_w, out_im_w = add_re_u, add_im_u, add_re_w, add_im_w
+            else:
+                out_re_u += add_re_u
+                out_im_u += add_im_u
+                out_re_w += add_re_w
+                out_im_w += add_im_w
+            if not FROM_CODES and t + 1 < STAGES:
+                re_u -= add_re_u
+                im_u -= add_im_u
+                re_w -= add_re_w
+                im_w -= add_im_w
+        if DENSE:
+            kind: tl.constexpr = dense.dtype.element_ty
+            at = dense + (r.to(tl.int64) * (2 * m) + c) + steps_dense
+            _store(at, (out_re_u + out_re_w).to(MASTER).to(kind), inside, EVEN)
+            _store(at + m, (out_im_w - out_im_u).to(MASTER).to(kind), inside, EVEN)
+            _store(at + dense_down, (out_im_u + out_im_w).to(MASTER).to(kind), inside, EVEN)
+            _store(at + dense_down + m, (out_re_u - out_re_w).to(MASTER).to(kind), inside, EVEN)
+    return size
 
 
 @triton.jit
-def _rectangle(n, m, height, width):
-    program = tl.program_id(0)
+def _write(
+    weight, layout, dense, codes, m, plane, dense_down, rows, cols, r_begin, c_begin, walk, count, known,
+    STAGES: tl.constexpr, MASTER: tl.constexpr, FROM_CODES: tl.constexpr, DENSE: tl.constexpr, CODES: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, OWN: tl.constexpr, EVEN: tl.constexpr, BACK: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Quantize chunks of a rectangle with known scales; write the dense weight, the block codes, or both.
+
+    FROM_CODES reads the block codes instead of the weight.
+    """
+    size = _write_chunks(
+        weight, layout, dense, codes, m, plane, dense_down, rows, cols, r_begin, c_begin, walk, count, known,
+        STAGES, MASTER, FROM_CODES, DENSE, CODES, BR, BC, OWN, EVEN, BACK, DEPTH, True,
+    )  # fmt: skip
+    if not FROM_CODES:
+        total = tl.sum(size)
+        for k in tl.static_range(4 * STAGES):
+            total += tl.sum(known[k]) if known[k].type.is_block() else known[k]
+        if not _finite(total):
+            _write_chunks(
+                weight, layout, dense, codes, m, plane, dense_down, rows, cols, r_begin, c_begin, walk, count, known,
+                STAGES, MASTER, False, DENSE, CODES, BR, BC, OWN, EVEN, BACK, 1, False,
+            )  # fmt: skip
+
+
+@triton.jit
+def _rectangle(n, m, height, width, program):
+    """Return where the rectangle of a program begins and ends."""
     across = tl.cdiv(m, width)
     r_begin = program // across * height
     c_begin = program % across * width
-    return program, r_begin, tl.minimum(r_begin + height, n), c_begin, tl.minimum(c_begin + width, m)
+    return r_begin, tl.minimum(r_begin + height, n), c_begin, tl.minimum(c_begin + width, m)
 
 
-@triton.jit(do_not_specialize=["height", "entries"])
+@triton.jit(do_not_specialize=["entries"])
 def sum_stage_of_tensor(
-    weight, scales, partials, n, m, row_stride, col_stride, down, right, height, entries,
+    weight, scales, partials, n, m, row_stride, col_stride, down, right, entries,
     STAGE: tl.constexpr, PROGRAMS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, OWN: tl.constexpr,
+    EVEN: tl.constexpr, BACK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Sum the magnitudes of stage STAGE: partials (T, 6, programs) float64; write the scales of the stage before."""
-    program, r_begin, r_end, c_begin, c_end = _rectangle(n, m, height, m)
-    programs = tl.num_programs(0)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    layout = (row_stride, col_stride, down, right)
+    walk, count = _first_chunk(program, programs, n, m, BR, BC)
     known = ()
     if STAGE > 0:
         known = _load_scales(scales, 1, 0, True, STAGE - 1, False)
@@ -280,23 +487,30 @@ def sum_stage_of_tensor(
         if program == 0:
             _store_four(scales, 4 * (STAGE - 1), 1, 0, last, True, False)
         known = known + last
-    sums = _stage_sums(
-        weight, row_stride, col_stride, down, right, r_begin, r_end, c_begin, c_end, known, STAGE, BR, BC, OWN
+    sums = _sum_six(
+        _fast_stage_sums(weight, layout, n, m, 0, 0, walk, count, known, STAGE, BR, BC, OWN, EVEN, BACK, DEPTH)
     )
+    total = sums[0] + sums[1] + sums[2] + sums[3]
+    for k in tl.static_range(4 * STAGE):
+        total += known[k]
+    if not _finite(total):
+        sums = _sum_six(_stage_sums(weight, layout, n, m, 0, 0, walk, count, known, STAGE, BR, BC, OWN, BACK))
     at = partials + STAGE * 6 * programs + program
     for i in tl.static_range(6):
-        tl.store(at + i * programs, tl.sum(sums[i]).to(tl.float64))
+        tl.store(at + i * programs, sums[i].to(tl.float64))
 
 
-@triton.jit(do_not_specialize=["height", "entries", "summed"])
+@triton.jit(do_not_specialize=["entries", "summed"])
 def write_tensor(
-    weight, scales, partials, dense, codes, n, m, row_stride, col_stride, down, right, plane, dense_down, height,
-    entries, summed,
+    weight, scales, partials, dense, codes, n, m, row_stride, col_stride, down, right, plane, dense_down, entries,
+    summed,
     STAGES: tl.constexpr, MEAN: tl.constexpr, MASTER: tl.constexpr, FROM_CODES: tl.constexpr, DENSE: tl.constexpr,
-    CODES: tl.constexpr, PROGRAMS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    CODES: tl.constexpr, PROGRAMS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, OWN: tl.constexpr,
+    EVEN: tl.constexpr, BACK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Write the results where all entries share their scales; MEAN adds up the last stage's ``summed`` partials."""
-    program, r_begin, r_end, c_begin, c_end = _rectangle(n, m, height, m)
+    program = tl.program_id(0)
+    walk, count = _first_chunk(program, tl.num_programs(0), n, m, BR, BC)
     if MEAN:
         known = _load_scales(scales, 1, 0, True, STAGES - 1, False)
         last = _add_partials(partials + (STAGES - 1) * 6 * summed, summed, entries, PROGRAMS)
@@ -305,9 +519,10 @@ def write_tensor(
         known = known + last
     else:
         known = _load_scales(scales, 1, 0, True, STAGES, False)
+    layout = (row_stride, col_stride, down, right)
     _write(
-        weight, row_stride, col_stride, down, right, dense, codes, m, plane, dense_down, r_begin, r_end, c_begin, c_end,
-        known, STAGES, MASTER, FROM_CODES, DENSE, CODES, BR, BC,
+        weight, layout, dense, codes, m, plane, dense_down, n, m, 0, 0, walk, count, known,
+        STAGES, MASTER, FROM_CODES, DENSE, CODES, BR, BC, OWN, EVEN, BACK, DEPTH,
     )  # fmt: skip
 
 
@@ -316,21 +531,26 @@ def write_groups(
     weight, scales, dense, codes, n, m, row_stride, col_stride, down, right, plane, dense_down, height, width, groups,
     STAGES: tl.constexpr, ROWS: tl.constexpr, MEAN: tl.constexpr, MASTER: tl.constexpr, FROM_CODES: tl.constexpr,
     DENSE: tl.constexpr, CODES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, OWN: tl.constexpr,
+    EVEN: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Write the results where rows (ROWS: BR = height) or tiles have scales of their own; MEAN makes the scales too."""
-    program, r_begin, r_end, c_begin, c_end = _rectangle(n, m, height, width)
+    program = tl.program_id(0)
+    r_begin, r_end, c_begin, c_end = _rectangle(n, m, height, width, program)
     if ROWS:
         group = r_begin + tl.arange(0, BR)
         mine = group < r_end
     else:
         group = program
         mine = True
+    layout = (row_stride, col_stride, down, right)
+    walk, count = _first_chunk(0, 1, r_end - r_begin, c_end - c_begin, BR, BC)
     if MEAN:
         known = ()
         for t in tl.static_range(STAGES):
             sum_re_u, sum_im_u, sum_re_w, sum_im_w, real_u, real_w = _stage_sums(
-                weight, row_stride, col_stride, down, right, r_begin, r_end, c_begin, c_end, known, t, BR, BC, OWN
-            )
+                weight, layout, r_end - r_begin, c_end - c_begin, r_begin, c_begin, walk, count, known,
+                t, BR, BC, OWN, False,
+            )  # fmt: skip
             count_u = _group_sum(real_u, ROWS).to(tl.float64)
             count_w = _group_sum(real_w, ROWS).to(tl.float64)
             entries = m if ROWS else (r_end - r_begin) * (c_end - c_begin)
@@ -345,8 +565,8 @@ def write_groups(
     else:
         known = _load_scales(scales, groups, group, mine, STAGES, ROWS)
     _write(
-        weight, row_stride, col_stride, down, right, dense, codes, m, plane, dense_down, r_begin, r_end, c_begin, c_end,
-        known, STAGES, MASTER, FROM_CODES, DENSE, CODES, BR, BC,
+        weight, layout, dense, codes, m, plane, dense_down, r_end - r_begin, c_end - c_begin, r_begin, c_begin,
+        walk, count, known, STAGES, MASTER, FROM_CODES, DENSE, CODES, BR, BC, OWN, EVEN, False, DEPTH,
     )  # fmt: skip
 
 
@@ -358,49 +578,58 @@ def sum_scale_gradients(
     BC: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """Sum gradient times unit: sums (4 T, groups), in the order of the scales. SHARED: a column for each program."""
-    program, r_begin, r_end, c_begin, c_end = _rectangle(n, m, height, width)
-    if ROWS:
-        group = r_begin + tl.arange(0, BR)
-        mine = group < r_end
-        known = _load_scales(scales, groups, group, mine, STAGES, True)
+    group = tl.program_id(0)
+    r_begin, r_end, c_begin, c_end = _rectangle(n, m, height, width, 0 if SHARED else group)
+    mine = True
+    if SHARED:
+        walk, count = _first_chunk(group, groups, n, m, BR, BC)
+        known = _load_scales(scales, 1, 0, True, STAGES, False)
     else:
-        group = program
-        mine = True
-        known = _load_scales(scales, 1 if SHARED else groups, 0 if SHARED else group, True, STAGES, False)
+        walk, count = _first_chunk(0, 1, r_end - r_begin, c_end - c_begin, BR, BC)
+        if ROWS:
+            group = r_begin + tl.arange(0, BR)
+            mine = group < r_end
+        known = _load_scales(scales, groups, group, mine, STAGES, ROWS)
     totals = ()  # of each thread; they meet once, in the end
     for _ in tl.static_range(4 * STAGES):
         totals = totals + (tl.zeros([BR, BC // OWN], tl.float64),)  # noqa: RUF005
-    for r in range(r_begin, r_end, BR):
-        for c in range(c_begin, c_end, BC):
-            rows, cols, inside = _places(r, r_end, c, c_end, BR, BC)
-            g11, g12, g21, g22 = _load_blocks(
-                grad, rows, cols, grad_row_stride, grad_col_stride, grad_down, grad_right, inside
-            )
-            grad_re_u, grad_im_u, grad_re_w, grad_im_w = g11 + g22, g21 - g12, g11 - g22, g12 + g21
-            if not FROM_CODES:
-                re_u, im_u, re_w, im_w = _load_parts(weight, rows, cols, row_stride, col_stride, down, right, inside)
-            more = ()
-            for t in tl.static_range(STAGES):
-                if FROM_CODES:
-                    if t % 2 == 0:
-                        block = rows[:, None] * m + cols[None, :]
-                        byte = tl.load(codes + (t // 2) * plane + block, inside, 0).to(tl.int32)
-                    unit_re_u, unit_im_u = _code_units(byte >> (4 * (t % 2)))
-                    unit_re_w, unit_im_w = _code_units(byte >> (4 * (t % 2) + 2))
-                else:
-                    p_u, q_u = _encode(re_u, im_u)
-                    p_w, q_w = _encode(re_w, im_w)
-                    unit_re_u, unit_im_u = _units(p_u, q_u)
-                    unit_re_w, unit_im_w = _units(p_w, q_w)
-                    if t + 1 < STAGES:
-                        re_u -= known[4 * t] * unit_re_u
-                        im_u -= known[4 * t + 1] * unit_im_u
-                        re_w -= known[4 * t + 2] * unit_re_w
-                        im_w -= known[4 * t + 3] * unit_im_w
-                products = (grad_re_u * unit_re_u, grad_im_u * unit_im_u, grad_re_w * unit_re_w, grad_im_w * unit_im_w)
-                for i in tl.static_range(4):
-                    more = more + (totals[4 * t + i] + _own_sum(products[i].to(tl.float64), OWN),)  # noqa: RUF005
-            totals = more
+    layout = (row_stride, col_stride, down, right)
+    grad_layout = (grad_row_stride, grad_col_stride, grad_down, grad_right)
+    steps = _steps(row_stride, col_stride, BR, BC)
+    grad_steps = _steps(grad_row_stride, grad_col_stride, BR, BC)
+    for _ in range(count):
+        r, c = _place(walk, BR, BC, False)
+        walk = _next_chunk(walk)
+        inside = _inside(r, c, r_end - r_begin, c_end - c_begin, BR, BC)
+        r += r_begin
+        c += c_begin
+        g11, g12, g21, g22 = _load_blocks(grad, grad_layout, r, c, grad_steps, inside, False)
+        grad_re_u, grad_im_u, grad_re_w, grad_im_w = g11 + g22, g21 - g12, g11 - g22, g12 + g21
+        if not FROM_CODES:
+            a11, a12, a21, a22 = _load_blocks(weight, layout, r, c, steps, inside, False)
+            re_u, im_u, re_w, im_w = _parts(a11, a12, a21, a22)
+        more = ()
+        for t in tl.static_range(STAGES):
+            if FROM_CODES:
+                if t % 2 == 0:
+                    block = codes + (r.to(tl.int64) * m + c) + _steps(m, 1, BR, BC)
+                    byte = _load(block + (t // 2) * plane, inside, False).to(tl.int32)
+                unit_re_u, unit_im_u = _code_units(byte >> (4 * (t % 2)))
+                unit_re_w, unit_im_w = _code_units(byte >> (4 * (t % 2) + 2))
+            else:
+                p_u, q_u = _encode(re_u, im_u)
+                p_w, q_w = _encode(re_w, im_w)
+                unit_re_u, unit_im_u = _units(p_u, q_u)
+                unit_re_w, unit_im_w = _units(p_w, q_w)
+                if t + 1 < STAGES:
+                    re_u -= known[4 * t] * unit_re_u
+                    im_u -= known[4 * t + 1] * unit_im_u
+                    re_w -= known[4 * t + 2] * unit_re_w
+                    im_w -= known[4 * t + 3] * unit_im_w
+            products = (grad_re_u * unit_re_u, grad_im_u * unit_im_u, grad_re_w * unit_re_w, grad_im_w * unit_im_w)
+            for i in tl.static_range(4):
+                more = more + (totals[4 * t + i] + _own_sum(products[i].to(tl.float64), OWN),)  # noqa: RUF005
+        totals = more
     for k in tl.static_range(4 * STAGES):
         if ROWS:
             tl.store(sums + k * groups + group, tl.sum(totals[k], 1).to(sums.dtype.element_ty), mine)
