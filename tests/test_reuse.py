@@ -40,8 +40,9 @@ def micro_batches(model, count=3, run=None, dtype=torch.float32):
     model.zero_grad()
     generator = torch.Generator().manual_seed(1)
     outputs = []
+    device = next(model.parameters()).device
     for _ in range(count):
-        y = (run or model)(torch.randn(5, 24, generator=generator, dtype=dtype))
+        y = (run or model)(torch.randn(5, 24, generator=generator, dtype=dtype).to(device))
         y.square().sum().backward()
         outputs.append(y.detach())
     return [*outputs, *(p.grad.clone() for p in model.parameters())]

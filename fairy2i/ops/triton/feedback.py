@@ -40,7 +40,7 @@ def _round(re, im, codes, scales, first, n, row, inside, STAGES: tl.constexpr, P
     return re, im
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "start", "width"])
 def round_group(
     rest, errors, codes, factor, scales, n, columns, start, width,
     STAGES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
