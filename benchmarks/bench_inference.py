@@ -9,12 +9,14 @@
 Weights are random codes: speed and size, never quality. A call is one in a CUDA graph that goes through so many copies
 of the weights that each has left the cache when its turn comes. Competitors take turns, a graph each, so that other
 work and the clock meet all of them; times are medians over the rounds with the lowest and the highest. The limit is
-what a copy moves in the same run, counting both directions. The model decodes greedily from a prompt of 128 tokens,
-with a static cache and `torch.compile(mode="reduce-overhead")` of the whole model, ours and nn.Linear alike. --tune
-compiles in processes of its own first, as most of a sweep is waiting for the compiler.
+what a copy moves in the same run, counting both directions; launch_us is a kernel that does nothing. The model decodes
+greedily from a prompt of 128 tokens, with a static cache and `torch.compile(mode="reduce-overhead")` of the whole
+model, ours and nn.Linear alike. --check and --tune use several processes, as most of their time is waiting for the
+compiler. --tune ends with lines for `TUNED` of ops/triton/multiply.py and with `Thresholds` of ops/gpu.py.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import copy
 import functools
@@ -35,6 +37,7 @@ from torch import Tensor, nn
 from fairy2i import PackedLinear, PhaseScheme, RealScheme
 from fairy2i.ops import gpu
 from fairy2i.ops.inference import code_rows_and_columns, layout_of
+from fairy2i.ops.triton import power
 from fairy2i.packed import use_backend
 from fairy2i.packing import pack_codes
 from fairy2i.schemes import Scheme
@@ -50,6 +53,7 @@ KINDS: dict[str, Scheme] = {
     "W4": PhaseScheme(stages=4),
 }
 TUNED_KINDS = ("W2", "W1")
+JOINED = [(12288, 4096), (22016, 4096)]  # q, k, v and gate, up of the model, which are one call each
 MODEL = {  # LLaMA-2-7B
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -116,6 +120,30 @@ def copy_rate(device: str) -> float:
     return 2 * source.nbytes / min(timer() for _ in range(10)) / 1e3
 
 
+def launch_time(device: str) -> float:
+    """Return the microseconds that a kernel that does next to nothing takes in a graph."""
+    one = torch.zeros(1, device=device)
+    timer = Timer(lambda: [one.add_(1) for _ in range(100)], 100, device)
+    return min(timer() for _ in range(10))
+
+
+def in_processes(work: Callable[..., Any], args: argparse.Namespace, seconds: float) -> list[Any]:
+    """Return what work(args, part, parts) of each part gave: in processes of their own on a GPU, else of the only one.
+
+    What is not ready in time is None.
+    """
+    if args.device != "cuda":
+        return [work(args, 0, 1)]
+    end, parts = time.monotonic() + seconds, max(min((os.cpu_count() or 2) - 2, 14), 1)
+    with concurrent.futures.ProcessPoolExecutor(parts, torch.multiprocessing.get_context("spawn")) as pool:
+        waiting = [pool.submit(work, args, part, parts) for part in range(parts)]
+        concurrent.futures.wait(waiting, max(end - time.monotonic(), 0))
+        found = [one.result() if one.done() else None for one in waiting]
+        for process in list(pool._processes.values()) if None in found else []:
+            process.terminate()
+    return found
+
+
 def random_words(scheme: Scheme, shape: tuple[int, int], device: str) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """Return words, scales and layout of a layer of random codes."""
     layout = layout_of(scheme, "gpu")
@@ -176,7 +204,9 @@ def peer_calls(shape: tuple[int, int], x: Tensor) -> dict[str, tuple[Callable[[]
 
 def measure_kernels(args: argparse.Namespace) -> dict[str, Any]:
     """Time layers."""
-    found: dict[str, Any] = {"copy_GB_per_s": round(copy_rate(args.device), 1), "peers": {}, "shapes": {}}
+    found: dict[str, Any] = {"copy_GB_per_s": round(copy_rate(args.device), 1)}
+    found |= {"launch_us": round(launch_time(args.device), 2), "peers": {}, "shapes": {}}
+    print(f"copy {found['copy_GB_per_s']} GB/s, launch {found['launch_us']} us", flush=True)
     limit, end = found["copy_GB_per_s"], time.monotonic() + args.budget
     for tokens, shape in itertools.product(args.tokens, args.shapes):
         label = f"{shape[0]}x{shape[1]}, {tokens} tokens"
@@ -188,8 +218,8 @@ def measure_kernels(args: argparse.Namespace) -> dict[str, Any]:
         for kind, scheme in KINDS.items():
             if kind.startswith("W2") or tokens in FEW:
                 calls[kind] = packed_call(scheme, shape, x, None)
-        if 16 <= tokens <= 256:
-            calls |= {f"W2 {way}": packed_call(KINDS["W2"], shape, x, way) for way in ("planes", "blocks", "dense")}
+        if 16 <= tokens:
+            calls |= {f"W2 {way}": packed_call(KINDS["W2"], shape, x, way) for way in ways(tokens)}
         if tokens in FEW and args.device == "cuda":
             for name, peer in peer_calls(shape, x).items():
                 if isinstance(peer, str):
@@ -218,119 +248,178 @@ def measure_kernels(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def ways(tokens: int) -> list[str]:
+    """Return the ways that are worth a try for so many tokens."""
+    return [*(["planes", "blocks"] if tokens <= 64 else []), "wide", "dense"]
+
+
 def candidates(tokens: int) -> Iterable[Any]:
     """Return configurations of the planes kernel to try."""
     from fairy2i.ops.triton.multiply import Config
 
-    for signs, warps, split, depth, magic in itertools.product(
-        (64, 128, 256), (1, 2, 4), (1, 2, 4), (2, 4), (True, False)
+    for signs, warps, split, inner, depth, magic in itertools.product(
+        (32, 64, 128, 256), (1, 2, 4, 8), (1, 2, 4), (1, 2, 4), (2, 4), (True, False)
     ):
-        if 32 <= signs // warps <= 128 and (magic or (depth, split) == (2, 1)):
-            yield Config(signs=signs, warps=warps, split=split, depth=depth, magic=magic)
+        few = tokens * inner <= 16 and (inner == 1 or tokens <= 4)
+        if 32 <= signs * inner // warps <= 128 and few and (magic or (depth, split) == (2, 1)):
+            yield Config(signs=signs, warps=warps, split=split, depth=depth, magic=magic, inner=inner)
 
 
-def run_planes(copies: list[Tensor], scales: Tensor, layout: Any, x: Tensor, y: Tensor, config: Any) -> None:
+def wide_candidates(tokens: int, chunks: int) -> Iterable[Any]:
+    """Return configurations of the kernel for many tokens to try."""
+    from fairy2i.ops.triton.multiply import WideConfig
+
+    forms = [(256, 8, 32, False), (128, 8, 16, False), (128, 4, 16, False), (64, 8, 16, False), (32, 4, 16, False)]
+    forms += [(256, 8, 32, True), (128, 8, 32, True), (128, 8, 16, True), (128, 4, 16, True), (64, 4, 32, True)]
+    for (block, warps, words, swap), split in itertools.product(forms, (1, 2, 3, 4, 6, 8)):
+        if block <= max(tokens, 32) and 4 * block >= min(tokens, 256) and split <= chunks:
+            yield WideConfig(tokens=block, warps=warps, words=words, split=split, swap=swap)
+
+
+def run_copies(way: str, copies: list[Tensor], scales: Tensor, layout: Any, x: Tensor, y: Tensor, config: Any) -> None:
     """Multiply with each copy."""
     from fairy2i.ops.triton import multiply
 
     for words in copies:
-        multiply.planes(x, words, scales, None, y, layout, None, config)
+        getattr(multiply, way)(x, words, scales, None, y, layout, None, config)
 
 
-def compile_some(args: argparse.Namespace, part: int, parts: int) -> None:
+def tuning_cases(args: argparse.Namespace) -> list[tuple[str, int, str, tuple[int, int], list[Any]]]:
+    """Return what to tune: way, tokens, kind, shape and configurations."""
+    found: list[tuple[str, int, str, tuple[int, int], list[Any]]] = []
+    for tokens in args.tokens:
+        for kind, shape in itertools.product(TUNED_KINDS, args.shapes):
+            chunks = gpu.words_shape(shape[0] // 2, shape[1] // 2, 0, 2)[0]
+            if tokens <= 16:
+                found.append(("planes", tokens, kind, shape, list(candidates(tokens))))
+            elif kind == "W2" and shape in SHAPES and args.dtype == torch.bfloat16:
+                found.append(("wide", tokens, kind, shape, list(wide_candidates(tokens, chunks))))
+    return found
+
+
+def compile_some(args: argparse.Namespace, part: int, parts: int) -> bool:
     """Fill Triton's cache on disk: every so many of what --tune will try."""
-    tokens = [t for t in args.tokens if t <= 16]
-    cases = list(itertools.product(tokens, TUNED_KINDS, args.shapes[:1]))
-    jobs = [(case, config) for case in cases for config in candidates(case[0])]
-    for (count, kind, shape), config in jobs[part::parts]:
+    jobs = [
+        (way, tokens, kind, shape, config)
+        for way, tokens, kind, shape, configs in tuning_cases(args)
+        for config in configs
+        if shape == args.shapes[0] or (way == "wide" and shape == args.shapes[2])
+    ]
+    for way, count, kind, shape, config in jobs[part::parts]:
         words, scales, layout = random_words(KINDS[kind], shape, args.device)
         x = torch.randn(count, shape[1], device=args.device).to(args.dtype)
         with contextlib.suppress(Exception):  # the sweep meets and shows it again
-            run_planes([words], scales, layout, x, x.new_empty(count, shape[0]), config)
+            run_copies(way, [words], scales, layout, x, x.new_empty(count, shape[0]), config)
+    return True
 
 
 def tune(args: argparse.Namespace) -> dict[str, Any]:
-    """Sweep configurations of the planes kernel, and where another way is faster."""
+    """Sweep configurations of the kernels, and where another way is faster."""
     from fairy2i.ops.triton import multiply
 
-    found: dict[str, Any] = {"planes": {}, "ways": {}}
-    cases = list(itertools.product([t for t in args.tokens if t <= 16], TUNED_KINDS, args.shapes))
+    found: dict[str, Any] = {"best": {}, "paste": {"planes": [], "wide": []}, "ways": {}}
+    begin = time.monotonic()
     if args.device == "cuda":
-        begin, parts = time.monotonic(), max((os.cpu_count() or 2) - 2, 1)
-        spawn = torch.multiprocessing.get_context("spawn")
-        workers = [spawn.Process(target=compile_some, args=(args, part, parts)) for part in range(parts)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join(max(args.budget - (time.monotonic() - begin), 0))
-        for worker in workers:
-            worker.terminate()
+        in_processes(compile_some, args, args.budget / 2)
         print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
-    share = args.budget * 0.8 / max(len(cases), 1)
-    for tokens, kind, shape in cases:
+    cases = tuning_cases(args)
+    end = begin + args.budget * 0.85
+    for i, (way, tokens, kind, shape, configs) in enumerate(cases):
+        share = time.monotonic() + (end - time.monotonic()) / (len(cases) - i)
         scheme = KINDS[kind]
         x = torch.randn(tokens, shape[1], device=args.device).to(args.dtype)
         words, scales, layout = random_words(scheme, shape, args.device)
         copies = [words] + [words.clone() for _ in range(min(CACHE // words.nbytes, 63) if x.is_cuda else 0)]
         y = x.new_empty(tokens, shape[0])
-        rows, end = [], time.monotonic() + share
-        for config in candidates(tokens):
-            if time.monotonic() > end and rows:
+        rows: list[tuple[float, Any]] = []
+        for config in configs:
+            if time.monotonic() > share and rows:
                 break
-
-            call = functools.partial(run_planes, copies, scales, layout, x, y, config)
+            call = functools.partial(run_copies, way, copies, scales, layout, x, y, config)
             try:
                 timer = Timer(call, len(copies), args.device)
-                rows.append((round(min(timer() for _ in range(5)), 2), str(config)))
+                rows.append((round(min(timer() for _ in range(5)), 2), config))
             except Exception as error:
-                rows.append((float("inf"), f"{config}: {type(error).__name__}: {error}"[:200]))
-        rows.sort()
+                found.setdefault("failed", {})[f"{way} {kind} {shape} {tokens} {config}"] = f"{error}"[:200]
+        if not rows:
+            continue
+        rows.sort(key=lambda row: row[0])
         chunks, _, n, signs, _ = words.shape
-        key = str((n, chunks, signs, multiply.planes_columns(tokens, layout[0])))
-        found["planes"].setdefault(key, []).append({"tokens": tokens, "shape": shape, "kind": kind, "best": rows[:5]})
-        print(f"{key} {kind} {shape} {tokens} tokens: {rows[0]} of {len(rows)}", flush=True)
-    end = time.monotonic() + args.budget * 0.2
-    for shape, tokens in itertools.product(args.shapes, (8, 16, 32, 64, 128, 256, 512)):
+        last = power(tokens) if way == "planes" else multiply.wide_tokens(tokens)
+        key = str((n, chunks, signs, last))
+        best = [f"{us} {config}" for us, config in rows[:8]]
+        found["best"][f"{kind} {shape} {tokens}"] = {"key": key, "tried": len(rows), "best": best}
+        line = f"    {key}: {rows[0][1]},  # {rows[0][0]} us, {kind} {shape[0]}x{shape[1]}, {tokens} tokens"
+        found["paste"][way].append(line)
+        rate = words.nbytes / rows[0][0] / 1e3
+        print(f"{kind} {shape} {tokens}: {best[0]}, {rate:.0f} GB/s, of {len(rows)}/{len(configs)}; then {best[1:3]}")
+    for way, lines in found["paste"].items():
+        print("\n".join([f"{'TUNED' if way == 'planes' else 'TUNED_WIDE'} = {{", *lines, "}"]), flush=True)
+    end = begin + args.budget
+    faster: dict[str, list[int]] = {"planes": [], "wide": []}
+    for shape, tokens in itertools.product(args.shapes[:4], (16, 32, 64, 512, 1024)):
         if time.monotonic() > end:
             break
         x = torch.randn(tokens, shape[1], device=args.device).to(args.dtype)
-        calls = {way: packed_call(KINDS["W2"], shape, x, way) for way in ("planes", "blocks", "dense")}
+        tried = ["wide", "planes" if tokens <= 64 else "dense"]
+        calls = {way: packed_call(KINDS["W2"], shape, x, way) for way in tried}
         timers = {way: Timer(call, count, args.device) for way, (call, count, _) in calls.items()}
         found["ways"][f"{shape[0]}x{shape[1]}, {tokens} tokens"] = row = take_turns(timers, 5)
-        print(shape, tokens, {way: times["median"] for way, times in row.items()}, flush=True)
+        us = {way: times["median"] for way, times in row.items()}
+        print(shape, tokens, us, flush=True)
+        if min(us, key=us.__getitem__) != "dense":
+            faster[min(us, key=us.__getitem__)].append(tokens)
+    found["thresholds"] = f"Thresholds(planes={max(faster['planes'] or [16])}, wide={max(faster['wide'] or [0])})"
+    print("the most tokens for which a way was the fastest for some shape:", found["thresholds"], flush=True)
     return found
 
 
 def check(args: argparse.Namespace) -> dict[str, Any]:
     """Compare all ways with PyTorch on weird shapes: at most twice the error of the plain path in the same dtype."""
+    found = in_processes(check_some, args, args.budget)
+    bad = [line for one in found if one for line in one["wrong"]]
+    result = {"cases": sum(one["cases"] for one in found if one), "wrong": bad, "not_ready": found.count(None)}
+    print(f"{result['cases']} cases, {len(bad)} wrong, {result['not_ready']} of {len(found)} processes not ready")
+    return result
+
+
+def check_some(args: argparse.Namespace, part: int, parts: int) -> dict[str, Any]:
+    """Check every so many of the cases."""
     schemes: list[Scheme] = [*KINDS.values(), PhaseScheme(stages=2, granularity="tile", tile=40)]
     schemes += [PhaseScheme(rotation=64), *(RealScheme(levels=levels) for levels in (2, 3))]
     big = [(130, 258), (1002, 334), (34, 16386)] if args.device == "cuda" else [(6, 34)]
     bad, count = [], 0
-    for scheme, (rows, columns), dtype in itertools.product(
-        schemes, big, (torch.bfloat16, torch.float16, torch.float32)
-    ):
-        if dtype != torch.bfloat16 and scheme != KINDS["W2"]:
-            continue  # the tests have all of them; compiling takes seconds a kernel
+    cases = [
+        (scheme, shape, dtype)
+        for scheme, shape, dtype in itertools.product(schemes, big, (torch.bfloat16, torch.float16, torch.float32))
+        if dtype == torch.bfloat16 or scheme == KINDS["W2"]  # the tests have all of them
+    ]
+    for scheme, (rows, columns), dtype in cases[part::parts]:
         layer = random_layer(scheme, rows, columns, args.device)
         layout = layout_of(scheme, "gpu")
         words = gpu.repack(layer.codes, code_rows_and_columns(rows, columns, layout[0]), layout)
         weight = layer.dense_weight()
-        for tokens in (1, 16, 70) if args.device == "cuda" else (3,):
+        for tokens in (1, 16, 70, 300) if args.device == "cuda" else (3,):
             x = torch.randn(tokens, columns, device=args.device).to(dtype)
             exact = F.linear(x.double(), weight.double())
             plain = (F.linear(x, weight.to(dtype)).double() - exact).norm()
-            for way in ("planes", "blocks", "dense"):
-                if way == "planes" and scheme.granularity == "tile":
+            for way in ("planes", "wide", "blocks", "dense"):
+                if way == "wide" and not gpu.takes_wide(layout, dtype):
                     continue
-                y = gpu.linear(x, words, layer.scales, None, rows, layout, way=way)
-                same = torch.equal(y, gpu.linear(x, words, layer.scales, None, rows, layout, way=way))
-                ratio = float((y.double() - exact).norm() / (plain + torch.finfo(dtype).eps / 4 * exact.norm()))
+                if way == "planes" and (scheme.granularity == "tile" or tokens > 70):
+                    continue
+                case = f"{scheme} {rows}x{columns} {dtype} {tokens} {way}"
                 count += 1
-                if not same or not ratio <= 2:
-                    bad.append(f"{scheme} {rows}x{columns} {dtype} {tokens} {way}: {ratio:.2f}, same bits: {same}")
+                try:
+                    y = gpu.linear(x, words, layer.scales, None, rows, layout, way=way)
+                    same = torch.equal(y, gpu.linear(x, words, layer.scales, None, rows, layout, way=way))
+                    ratio = float((y.double() - exact).norm() / (plain + torch.finfo(dtype).eps / 4 * exact.norm()))
+                    if not same or not ratio <= 2:
+                        bad.append(f"{case}: {ratio:.2f}, same bits: {same}")
+                except Exception as error:
+                    bad.append(f"{case}: {type(error).__name__}: {error}"[:500])
+                if bad and bad[-1].startswith(case):
                     print(bad[-1], flush=True)
-    print(f"{count} cases, {len(bad)} wrong")
     return {"cases": count, "wrong": bad}
 
 
@@ -395,12 +484,27 @@ class Decoder:
         return middle - start, time.perf_counter() - middle
 
 
+def kernels_of(decoder: Decoder, prompt: int) -> dict[str, list[float]]:
+    """Return [microseconds, launches] of a decoded token for the kernels that take the most time."""
+    activity = torch.profiler.ProfilerActivity.CUDA
+    found = []
+    for new in (2, 10):  # the difference is without the prompt
+        with torch.profiler.profile(activities=[activity]) as profile:
+            decoder(new, prompt)
+        found.append({event.key: (event.self_device_time_total, event.count) for event in profile.key_averages()})
+    rows = {}
+    for key, (us, count) in found[1].items():
+        before = found[0].get(key, (0.0, 0))
+        rows[key[:70]] = [round((us - before[0]) / 8, 1), round((count - before[1]) / 8, 1)]
+    return dict(sorted(rows.items(), key=lambda row: -row[1][0])[:16])
+
+
 def measure_model(args: argparse.Namespace) -> dict[str, Any]:
     """Let models decode in turns."""
     torch._dynamo.config.cache_size_limit = 64
     found: dict[str, Any] = {}
     decoders: dict[str, Decoder] = {}
-    kinds = {"nn.Linear": None, "W2": KINDS["W2"], "W2 row": KINDS["W2 row"]}
+    kinds = {name: KINDS.get(name) for name in ("nn.Linear", *args.kinds)}
     new = 128 if args.device == "cuda" else 4
     for name, scheme in kinds.items():
         begin = time.monotonic()
@@ -413,6 +517,10 @@ def measure_model(args: argparse.Namespace) -> dict[str, Any]:
                     decoder(4, args.prompt)
             decoders[name], found[name] = decoder, {"weights_GB": round(sum(tensors.values()) / 1e9, 3)}
             found[name]["ready_after_s"] = round(time.monotonic() - begin, 1)
+            with torch.no_grad():
+                found[name]["first_tokens_per_s"] = round(new / decoder(new, args.prompt)[1], 1)
+                if args.device == "cuda":
+                    found[name]["kernels_us_a_token"] = kernels_of(decoder, args.prompt)
         except Exception as error:
             found[name] = {"failed": f"{type(error).__name__}: {error}"[:2000]}
         print(name, found[name], flush=True)
@@ -445,16 +553,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=("kernels", "model"), default=["kernels"])
     parser.add_argument("--shapes", nargs="+", help="OUTxIN; default: those of LLaMA-2-7B")
     parser.add_argument("--tokens", nargs="+", type=int)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["W2", "W2 row"], help="of models")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--rounds_model", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--budget", type=float, default=150, help="seconds for kernels, or for --tune")
+    parser.add_argument("--budget", type=float, default=150, help="seconds for kernels, --check or --tune")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--out", help="JSON file to write; default: the screen alone")
     args = parser.parse_args()
     small = args.device == "cpu"
-    args.shapes = [tuple(map(int, s.split("x"))) for s in args.shapes or []] or ([(34, 66)] if small else SHAPES)
+    args.shapes = [tuple(map(int, s.split("x"))) for s in args.shapes or []] or (
+        [(34, 66)] if small else [*SHAPES, *JOINED] if args.tune else SHAPES
+    )
     args.tokens = args.tokens or ([1] if small else [1, 16] if args.tune else TOKENS)
     args.rounds, args.rounds_model = (2, 1) if small else (args.rounds, args.rounds_model)
     args.prompt = min(args.prompt, 5) if small else args.prompt

@@ -11,6 +11,8 @@ import functools
 import importlib.util
 import math
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ class Thresholds:
     """The most tokens that a kernel is used for; `benchmarks/bench_inference.py --tune` measures them."""
 
     planes: int = 16
+    wide: int = 0
     blocks: int = 128
 
 
@@ -180,11 +183,18 @@ def rotated(x: Tensor, rotation: int) -> Tensor:
 # Multiplying
 
 
-def way_for(tokens: int, layout: "tuple[int, ...] | list[int]") -> str:
-    """Return which kernel multiplies so many tokens: "planes", "blocks" or "dense"."""
+def way_for(tokens: int, layout: "tuple[int, ...] | list[int]", dtype: torch.dtype) -> str:
+    """Return which kernel multiplies so many tokens: "planes", "wide", "blocks" or "dense"."""
     if tokens <= THRESHOLDS.planes and layout[2] != 2:
         return "planes"
+    if takes_wide(layout, dtype):
+        return "wide" if tokens <= THRESHOLDS.wide else "dense"
     return "blocks" if tokens <= THRESHOLDS.blocks else "dense"
+
+
+def takes_wide(layout: Sequence[int], dtype: torch.dtype) -> bool:
+    """Return whether the kernel for many tokens multiplies such layers: its weights are more exact than bf16."""
+    return layout[0] == 0 and layout[1] <= 8 and layout[2] != 2 and dtype == torch.bfloat16
 
 
 def linear(
@@ -203,7 +213,7 @@ def linear(
         scales: contiguous float32.
         layout: kind, stages or planes, granularity, tile, mode, rotation.
         places: int32 (halves, n), which output each row of the codes makes, where the words are of several layers.
-        way: "planes", "blocks" or "dense", in place of what :func:`way_for` says.
+        way: "planes", "wide", "blocks" or "dense", in place of what :func:`way_for` says.
 
     Raises:
         TypeError, ValueError: dtypes or sizes that do not belong together.
@@ -227,14 +237,14 @@ def linear(
     tokens = flat.shape[0]
     y = x.new_empty(tokens, out_features)
     if tokens:
-        way = way or way_for(tokens, layout)
+        way = way or way_for(tokens, layout, x.dtype)
         if way == "dense":
             weight = multiply.dense_weight(
                 words, scales.contiguous(), x.dtype, out_features, x.shape[-1], layout, places
             )
             y = torch.nn.functional.linear(flat, weight, None if bias is None else bias.to(x.dtype))
         else:
-            run = multiply.planes if way == "planes" else multiply.blocks
+            run: Any = {"planes": multiply.planes, "wide": multiply.wide, "blocks": multiply.blocks}[way]
             run(flat, words, scales.contiguous(), bias, y, layout, places)
     return y.view(*x.shape[:-1], out_features)
 

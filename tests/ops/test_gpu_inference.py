@@ -33,7 +33,7 @@ SCHEMES = [
 ]
 SHAPES = [(2, 2), (22, 34), (6, 518)]
 BIG = [(2, 8192), (576, 1536), (1002, 334), (4096, 4096), (11008, 4096)]
-WAYS = ["planes", "blocks", "dense"]
+WAYS = ["planes", "wide", "blocks", "dense"]
 
 
 def words_and_layout(layer):
@@ -71,8 +71,11 @@ def test_codes_come_back_from_words(device, scheme):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_every_way_is_as_exact_as_pytorch(device, scheme, way):
+    layout = layout_of(scheme, "gpu")
     if way == "planes" and scheme.granularity == "tile":
         pytest.skip("planes apply scales to sums over whole rows")
+    if way == "wide" and not gpu.takes_wide(layout, torch.bfloat16):
+        pytest.skip("for phase codes with scales of tensors or rows")
     shapes = SHAPES[1:2]
     if device == "cuda":  # most of the time goes into compiling
         shapes = (
@@ -80,7 +83,7 @@ def test_every_way_is_as_exact_as_pytorch(device, scheme, way):
         )
     for out_features, in_features in shapes:
         layer = random_layer(scheme, out_features, in_features, bias=True, device=device)
-        for dtype in DTYPES:
+        for dtype in DTYPES if way != "wide" else [torch.bfloat16]:
             for tokens in (1, 3, 70) if device == "cuda" else (3,):
                 x = torch.randn(tokens, in_features, device=device).to(dtype)
                 y = check(layer, x, way)
@@ -103,10 +106,14 @@ def test_tokens_and_splits(device, tokens, split, monkeypatch):
     from fairy2i.ops.triton import multiply
 
     layer = random_layer(PhaseScheme(granularity="row", scales="learned"), 22, 1200, bias=True, device=device)
-    for signs in (32, 128):
-        config = multiply.Config(signs=signs, split=split)
+    for signs, inner in ((32, 1), (128, 1), (32, 2), (16, 4)):
+        config = multiply.Config(signs=signs, split=split, inner=inner)
         monkeypatch.setattr(multiply, "planes_config", lambda *_, config=config: config)
         check(layer, torch.randn(tokens, 1200, device=device).bfloat16(), "planes")
+    for swap in (False, True):
+        wide = multiply.WideConfig(tokens=16, rows=16, words=16, split=split, swap=swap)
+        monkeypatch.setattr(multiply, "wide_config", lambda *_, wide=wide: wide)
+        check(layer, torch.randn(tokens, 1200, device=device).bfloat16(), "wide")
     config = multiply.Config(signs=32, warps=4, split=split)
     monkeypatch.setattr(multiply, "blocks_config", lambda *_, config=config: config)
     check(layer, torch.randn(tokens, 1200, device=device).bfloat16(), "blocks")
@@ -220,22 +227,31 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from fairy2i.ops.triton import packed
 
-def build(kernel, **known):
+def build(kernel, warps=4, **known):
     types = {"x": "*bf16", "y": "*bf16", "dense": "*bf16", "words": "*i16", "scales": "*fp32"}
+    types |= {"out": "*fp16", "normal": "*fp16", "factors": "*fp32", "powers": "*fp32"}
     names = kernel.arg_names
     known |= {name: None for name in ("bias", "places") if name in names}
     signature = {name: "constexpr" if name in known else types.get(name, "i32") for name in names}
     even = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in known and name != "chunks"}
     source = ASTSource(kernel, signature, known, even)
-    return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm
+    return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm
 
 codes = dict(KIND=0, STAGES=2, PASSES=1, G=8, BK=32, PLACES=False)
-planes = build(packed.multiply_planes, **codes, ROWS=True, PIECES=1, MAGIC=True, SPLIT=1, BR=16, NC=8, EVEN=True,
-               DEPTH=3, EXACT=False)["ptx"]
-assert "lop3.b32" in planes and "mma.sync" in planes and "cp.async" in planes
+planes = build(packed.multiply_planes, **codes, ROWS=True, PIECES=1, MAGIC=True, SPLIT=1, INNER=4, BR=16, NC=8,
+               EVEN=True, FULL=True, DEPTH=2, OVERLAP=True, EXACT=False)["ptx"]
+assert all(what in planes for what in ("lop3.b32", "mma.sync", "cp.async", "prefetch.L2", "griddepcontrol.wait"))
 build(packed.write_dense, **codes, GROUPS=1, BR=32)
+del codes["KIND"]
+build(packed.normalize, STAGES=2, ROWS=True, WIDTH=4096, BR=256, OVERLAP=True)
+build(packed.write_dense_bf16, **codes, ROWS=True, BR=32, WB=32, OVERLAP=True, EXACT=False)
+for swap in (False, True):
+    wide = build(packed.multiply_wide, 8, **codes, ROWS=True, SPLIT=2, BR=64, BM=256, WB=32, SWAP=swap, DEPTH=3,
+                 OVERLAP=True, EXACT=False)["ptx"]
+    assert "wgmma.mma_async.sync.aligned.m64n" in wide and "add.rn.f16x2" in wide
+codes["KIND"] = 0
 for groups in (0, 2):
-    build(packed.multiply_blocks, **codes, GROUPS=groups, SPLIT=1, BR=64, BM=16, EXACT=False)
+    build(packed.multiply_blocks, **codes, GROUPS=groups, SPLIT=1, BR=64, BM=16, OVERLAP=False, EXACT=False)
 """
 
 

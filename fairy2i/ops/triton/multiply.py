@@ -1,6 +1,7 @@
 """Launches of the kernels in :mod:`fairy2i.ops.triton.packed`: shapes of blocks and grids, and partial sums."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,9 +9,10 @@ import torch
 import triton
 from torch import Tensor
 
-from ..gpu import pieces
+from ..gpu import pieces, takes_wide
 from . import on_device, packed, power
 
+OVERLAP = False  # not before it is measured: whether a kernel may begin while the one before it ends, on GPUs that can
 INTERPRETED = triton.knobs.runtime.interpret  # its NumPy knows no bf16, and it cuts bits off where a GPU rounds
 Layout = Sequence[int]
 
@@ -24,6 +26,8 @@ class Config:
         warps: of a program.
         split: ranges of columns, each with programs of its own.
         depth: chunks that are fetched ahead.
+        inner: chunks that a program takes at once (planes); its columns are as many times as many.
+        registers: of a thread at most.
         magic: whether bits become numbers by the shorter way (planes; not for float32).
     """
 
@@ -32,14 +36,27 @@ class Config:
     split: int = 1
     depth: int = 3
     magic: bool = True
+    inner: int = 1
+    registers: int | None = None
 
 
-# (rows of codes, chunks, G, columns of the product): measured by `benchmarks/bench_inference.py --tune`
+# (rows of codes, chunks, G, the power of two of tokens): measured by `benchmarks/bench_inference.py --tune`
 TUNED: dict[tuple[int, int, int, int], Config] = {}
 
 
 def _processors(tensor: Tensor) -> int:
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 4
+
+
+@functools.cache
+def _hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _overlap(tensor: Tensor) -> dict[str, bool]:
+    """Return what lets a kernel begin while the one before it ends (programmatic dependent launch)."""
+    can = OVERLAP and not INTERPRETED and tensor.is_cuda and _hopper(tensor.device)
+    return {"OVERLAP": can, "launch_pdl": can}
 
 
 def planes_columns(tokens: int, kind: int) -> int:
@@ -52,11 +69,18 @@ def _split(words: Tensor, programs: int) -> int:
     return min(power(triton.cdiv(2 * _processors(words), programs)), 8, words.shape[0])
 
 
-def planes_config(words: Tensor, columns: int) -> Config:
-    """Return the measured configuration of the planes kernel for such words, or a guess."""
+def planes_config(words: Tensor, tokens: int) -> Config:
+    """Return the measured configuration of the planes kernel for such words, or what was good for others (H100)."""
     chunks, _, n, signs, _ = words.shape
-    tuned = TUNED.get((n, chunks, signs, columns))
-    return tuned or Config(split=_split(words, triton.cdiv(n * signs, 128)))
+    if tuned := TUNED.get((n, chunks, signs, power(tokens))):
+        return tuned
+    if tokens <= 2 and chunks > 1:  # one launch: warps of a program share its rows
+        if tokens == 1 and chunks > 2 and n * signs <= 32768:
+            return Config(signs=32, warps=2, depth=2, inner=4)
+        return Config(signs=64, warps=2, depth=2, inner=2)
+    if tokens <= 4:
+        return Config(signs=64, warps=1, depth=2, split=_split(words, triton.cdiv(n * signs, 64)))
+    return Config(signs=64, warps=1, depth=2, magic=False)
 
 
 def blocks_config(words: Tensor, tokens: int) -> Config:
@@ -92,11 +116,11 @@ def _multiply(
             tokens, x.stride(0), y.shape[1], n, features // (2 if kind == 0 else 1),
             chunks=chunks, chunk_stride=words.stride(0), pass_stride=words.stride(1),
             KIND=kind, STAGES=stages, PASSES=passes, G=signs, BK=width, PLACES=places is not None, SPLIT=split,
-            BR=row_block, EXACT=INTERPRETED, num_warps=config.warps, **more,
+            BR=row_block, EXACT=INTERPRETED, num_warps=config.warps, maxnreg=config.registers, **_overlap(x),
+            **more,
         )  # fmt: skip
         if split > 1:
-            grid = (triton.cdiv(y.numel(), 512),)
-            packed.add_splits[grid](to, bias, whole, *y.shape, SPLIT=split, BLOCK=512, num_warps=4)
+            _add_splits(to, bias, whole)
     if INTERPRETED:
         y.copy_(whole)
 
@@ -113,15 +137,22 @@ def planes(
 ) -> None:
     """Multiply (tokens, in_features), rows contiguous, into y; scales of the tensor or of rows."""
     kind, _, granularity = layout[:3]
-    _, _, n, signs, _ = words.shape
+    chunks, _, n, signs, size = words.shape
     columns = planes_columns(x.shape[0], kind)
-    config = config or planes_config(words, columns)
+    config = config or planes_config(words, x.shape[0])
     rows = max(config.signs // signs, 1)
     count = pieces(x.dtype)
+    halves = 2 if kind == 0 else 1
+    if config.inner > 1:  # tensor cores have 8 columns at least, and few tokens do not fill them
+        columns = max(min(power(x.shape[0] * halves), 32 // config.inner), 8 // config.inner)
+    even = chunks % (config.inner * min(config.split, chunks)) == 0
+    cols = x.shape[1] // halves
     _multiply(
         packed.multiply_planes, x, words, scales, bias, y, layout, places, config,
-        row_block=rows, token_block=columns // (2 if kind == 0 else 1),
-        ROWS=granularity == 1, PIECES=count, MAGIC=config.magic and count < 3, NC=columns, EVEN=n % rows == 0,
+        row_block=rows, token_block=columns // halves,
+        ROWS=granularity == 1, PIECES=count, MAGIC=config.magic and count < 3, NC=columns * config.inner,
+        INNER=config.inner,
+        EVEN=n % rows == 0 and even, FULL=even and cols % (16 * size) == 0,
         DEPTH=config.depth,
     )  # fmt: skip
 
@@ -147,6 +178,97 @@ def blocks(
     )  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True)
+class WideConfig:
+    """How the kernel for many tokens is launched.
+
+    Attributes:
+        tokens: of a program.
+        warps: of a program.
+        words: of each plane that are taken at once, at most all of a chunk.
+        split: ranges of columns, each with programs of its own.
+        depth: pieces of the activations that are fetched ahead.
+        rows: of the codes in a program.
+        swap: whether tokens are the rows of the product, and weights go through shared memory.
+    """
+
+    tokens: int = 256
+    warps: int = 8
+    words: int = 32
+    split: int = 1
+    depth: int = 3
+    rows: int = 64
+    swap: bool = False
+
+
+# (rows of codes, chunks, G, tokens as wide_tokens counts them): measured like TUNED
+TUNED_WIDE: dict[tuple[int, int, int, int], WideConfig] = {}
+
+
+def wide_tokens(tokens: int) -> int:
+    """Return the power of two of tokens, from 64 to 1024, that a configuration is for."""
+    return min(max(power(tokens), 64), 1024)
+
+
+def wide_config(words: Tensor, stages: int, tokens: int) -> WideConfig:
+    """Return the measured configuration of the kernel for many tokens, or a guess."""
+    if tuned := TUNED_WIDE.get((words.shape[2], words.shape[0], words.shape[3], wide_tokens(tokens))):
+        return tuned
+    block = min(wide_tokens(tokens), 256)
+    rows = 64
+    programs = triton.cdiv(words.shape[2], rows) * triton.cdiv(tokens, block)
+    at_once = _processors(words) * (2 if block < 256 else 1)
+    split = min(max(at_once // programs, 1), 8, words.shape[0])
+    return WideConfig(tokens=block, words=32 if stages < 3 and block == 256 else 16, split=split, rows=rows)
+
+
+def wide(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    layout: Layout,
+    places: Tensor | None,
+    config: WideConfig | None = None,
+) -> None:
+    """Multiply bf16 (tokens, in_features), rows contiguous, into y; phase codes, scales of the tensor or of rows."""
+    _, stages, granularity = layout[:3]
+    chunks, passes, n, signs, size = words.shape
+    tokens, features = x.shape
+    config = config or wide_config(words, stages, tokens)
+    split = min(config.split, chunks)
+    width = chunks * size * 32
+    normal = torch.empty(tokens, width, dtype=torch.float16, device=x.device)
+    factors = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    powers = torch.empty(n, dtype=torch.float32, device=x.device)
+    whole = torch.empty_like(y, dtype=torch.float32) if INTERPRETED else y
+    to = whole if split == 1 else y.new_empty((split, *y.shape), dtype=torch.float32)
+    with on_device(x):
+        packed.normalize[(tokens + triton.cdiv(n, 256),)](
+            x, normal, factors, scales, powers, tokens, x.stride(0), n, features // 2, width,
+            STAGES=stages, ROWS=granularity == 1, WIDTH=min(power(width), 8192), BR=256, num_warps=8, **_overlap(x),
+        )  # fmt: skip
+        packed.multiply_wide[(triton.cdiv(n, config.rows), split, triton.cdiv(tokens, config.tokens))](
+            normal, factors, words, scales, powers, bias, places, to,
+            tokens, width, y.shape[1], n, chunks, words.stride(0), words.stride(1),
+            STAGES=stages, PASSES=passes, G=signs, BK=size, ROWS=granularity == 1, PLACES=places is not None,
+            SPLIT=split, BR=config.rows, BM=config.tokens, WB=min(config.words, size), DEPTH=config.depth,
+            SWAP=config.swap,
+            EXACT=INTERPRETED, num_warps=config.warps, **_overlap(x),
+        )  # fmt: skip
+        if split > 1:
+            _add_splits(to, bias, whole)
+    if INTERPRETED:
+        y.copy_(whole)
+
+
+def _add_splits(parts: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """Add partial sums (split, tokens, out_features), and the bias, into y."""
+    grid = (triton.cdiv(y.numel(), 512),)
+    packed.add_splits[grid](parts, bias, y, *y.shape, SPLIT=parts.shape[0], BLOCK=512, num_warps=4, **_overlap(y))
+
+
 def dense_weight(
     words: Tensor,
     scales: Tensor,
@@ -161,6 +283,14 @@ def dense_weight(
     chunks, passes, n, signs, width = words.shape
     dense = torch.empty(out_features, in_features, dtype=torch.float32 if INTERPRETED else dtype, device=words.device)
     rows = 32
+    if takes_wide(layout, dtype):
+        with on_device(words):
+            packed.write_dense_bf16[(triton.cdiv(n, rows), chunks)](
+                words, scales, places, dense, n, in_features // 2, words.stride(0), words.stride(1), in_features,
+                STAGES=stages, PASSES=passes, G=signs, BK=width, ROWS=granularity == 1, PLACES=places is not None,
+                BR=rows, WB=width, EXACT=INTERPRETED, num_warps=4, **_overlap(words),
+            )  # fmt: skip
+        return dense.to(dtype)
     with on_device(words):
         packed.write_dense[(triton.cdiv(n, rows), chunks)](
             words, scales, places, dense, n, in_features // (2 if kind == 0 else 1), tile, words.stride(0),

@@ -7,20 +7,27 @@ column (16 c + k) BK + b, 1 for plus. A phase stage has the signs p and q of U a
     planes   a sign is a bf16 number with one instruction for two of them, and sums of +-activations, which tensor cores
              make, meet their scales at the end. Scales of the tensor or of a row. Multiplications: 4 T a block of 2x2
              weights, each with both halves of x, which is 2 T times those of a dense product: for few tokens.
-    blocks   weights are made of the codes in registers, then multiplied. Any scales.
-    dense    weights are made of the codes and written.
+    wide     weights are made of the codes in registers, two at a time in fp16, then multiplied with activations that
+             a kernel before has brought to fp16 with a power of two for each token, so that nothing is lost. bf16
+             activations, phase codes, scales of the tensor or of a row. Each scale is rounded to 11 bits, and so is
+             each sum of two: the weight is more exact than one that is rounded to bf16.
+    blocks   weights are made of the codes in registers in float32, then multiplied. Any scales, any dtype.
+    dense    weights are made of the codes and written: as in wide, then rounded to bf16, or as in blocks.
 
-How bits become numbers without a shift for each: ``(word & 1 << b) | 1.0`` is 1 or 1 + 2^(b - 7) in bf16; the
-activation is multiplied by 2^(7 - b), exactly, and the sum that the middle of both would give, the same for all rows,
-is made by one more small product and taken off. Bits 1 to 6 have such a middle: three shifts for 16 planes. MAGIC off:
-the bit is shifted to the place of the sign, an instruction more, and nothing is taken off; for float32, where the
-difference of two larger sums is not exact enough.
+How bits become numbers without a shift for each: ``(word & 1 << b) | 2^(7 - b)`` is 2^(7 - b) or one more in bf16, and
+the sum that the middle of both would give, the same for all rows, is made by one more small product and taken off. Bits
+1 to 6 have such a middle: three shifts for 16 planes. MAGIC off: the bit is shifted to the place of the sign, an
+instruction more, and nothing is taken off; for float32, where the difference of two larger sums is not exact enough.
 
-Instructions a weight at T = 2, counted in the machine code of the loop for sm_90, up to 4 tokens (Triton 3.7): planes
-1.9 with 128 signs a warp, 2.1 with 64, 2.8 with 32 (the share of the activations), 2.6 with 64 and MAGIC off; T = 1
-takes half. blocks 16, which is why it waits for more tokens. Other ways, by arithmetic: adding +-activations 8; dot
-products of 8 bits 2.5, for activations of 16 bits, at half the rate; a table of 256 blocks in shared memory 1.4, but
-three look-ups meet in a bank, so it ends at two fifths of the memory's rate.
+Instructions a weight at T = 2, counted in the machine code of the loop for sm_90 (Triton 3.6): planes 1.7 with 64 signs
+a warp, up to 4 tokens, of them 1.1 bitwise, which run at half the rate; T = 1 takes half. wide 8.2, with 256 tokens a
+program, of them 4.5 for the weight itself (shift and sign for p and q; of them two sums and two products for each code;
+an addition for each weight). blocks 16. Writing dense weights 8 (in float32 14). Other ways, by arithmetic: adding
++-activations 8; dot products of 8 bits 2.5, for activations of 16 bits, at half the rate; a table of 256 blocks in
+shared memory 1.4, but three look-ups meet in a bank, so it ends at two fifths of the memory's rate.
+
+OVERLAP: the next kernel may begin as soon as all programs of this one have (programmatic dependent launch). Before a
+kernel waits for the one before, it touches nothing but the L2 cache: it asks for its words and scales.
 
 Activations are split into PIECES bf16 numbers, 1 for bf16, 2 for fp16, 3 for fp32, that add up to them. Sums are
 float32, in one order, without atomics: a result has the same bits in each run.
@@ -31,6 +38,7 @@ float32, in one order, without atomics: a result has the same bits in each run.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -51,19 +59,22 @@ def _dot(a, b, total, EXACT: tl.constexpr):
 
 # two words of 16 bits in a register: bits that a shift brings over from the other are masked away
 MAGIC_SHIFTS = tl.constexpr(tuple(f"{what}.b32 $0, $1, {by};" for what, by in (("shl", 1), ("shr", 5), ("shr", 11))))
-MAGIC_BITS = tl.constexpr(tuple(f"lop3.b32 $0, $1, {0x20002 << k:#x}, 0x3F803F80, 0xEA;" for k in range(6)))  # and, or
+MAGIC_ONES = tl.constexpr(tuple((127 + 6 - k) << 7 for k in range(6)))  # bf16 2^(7 - b), with b = 1 + k
+MAGIC_BITS = tl.constexpr(
+    tuple(f"lop3.b32 $0, $1, {0x20002 << k:#x}, {0x10001 * ((127 + 6 - k) << 7):#x}, 0xEA;" for k in range(6))
+)  # and, or
 SIGN_SHIFTS = tl.constexpr(tuple(f"shl.b32 $0, $1, {15 - k};" for k in range(16)))
 SIGN_BITS = tl.constexpr("lop3.b32 $0, $1, 0x80008000, 0xBF80BF80, 0x6A;")  # and, xor
 
 
 @triton.jit
 def _sign(word, k: tl.constexpr, MAGIC: tl.constexpr, EXACT: tl.constexpr):
-    """Return bit k of int16 words as bf16: -1 or 1; MAGIC: 1 or 1 + 2^(b - 7), with b = 1 + k % 6."""
+    """Return bit k of int16 words as bf16: -1 or 1; MAGIC: 2^(7 - b) or one more, with b = 1 + k % 6."""
     if EXACT:
         word = word.to(tl.uint16, bitcast=True)
         if MAGIC:
             shifted = word << 1 if k < 6 else word >> (6 * (k // 6) - 1)
-            bits = (shifted & (2 << (k % 6))) | 0x3F80
+            bits = (shifted & (2 << (k % 6))) | MAGIC_ONES[k % 6]
         else:
             bits = ((word << (15 - k)) & 0x8000) ^ 0xBF80
         return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -94,67 +105,127 @@ def _store(
 
 
 @triton.jit
+def _prefetch(pointers, OVERLAP: tl.constexpr):
+    """Bring what will be loaded at the end nearer: a program should wait for the memory once, not twice."""
+    if OVERLAP:
+        at = pointers.to(tl.int64)
+        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], tl.int32, False, 1)
+
+
+@triton.jit
+def _prefetch_block(pointer, size, OVERLAP: tl.constexpr):
+    """Bring ``size`` bytes, a multiple of 16, nearer; one thread asks for them."""
+    if OVERLAP:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; mov.u32 $0, %tid.x; setp.eq.u32 p, $0, 0;"
+            " @p cp.async.bulk.prefetch.L2.global [$1], $2; }",
+            "=r,l,r", [pointer.to(tl.int64), size], tl.int32, False, 1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _take_over(OVERLAP: tl.constexpr):
+    """Let the next kernel begin, and wait for the one before: up to here nothing was read or written that it made."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
 def multiply_planes(
     x, words, scales, bias, places, y,
     tokens, x_stride, y_stride, n, m, chunks, chunk_stride, pass_stride,
     KIND: tl.constexpr, STAGES: tl.constexpr, PASSES: tl.constexpr, G: tl.constexpr, BK: tl.constexpr,
     ROWS: tl.constexpr, PLACES: tl.constexpr, PIECES: tl.constexpr, MAGIC: tl.constexpr, SPLIT: tl.constexpr,
-    BR: tl.constexpr, NC: tl.constexpr, EVEN: tl.constexpr, DEPTH: tl.constexpr, EXACT: tl.constexpr,
+    INNER: tl.constexpr, BR: tl.constexpr, NC: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
+    DEPTH: tl.constexpr, OVERLAP: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Write y, or with SPLIT > 1 the partial sums (SPLIT, tokens, out_features) of ranges of chunks.
 
     A program has BR rows of the codes with all their signs, and NC columns: (token, half) of phase codes, or tokens.
+    It takes INNER chunks at once, whose signs are further rows and whose activations are further columns, so that the
+    columns that tensor cores have anyway are not in vain, and many warps share a row: only where both are of the same
+    chunk, a sum means something.
     """
     HALVES: tl.constexpr = 2 if KIND == 0 else 1
+    NT: tl.constexpr = NC // INNER  # columns of a chunk
     split = tl.program_id(1)
-    first_token = tl.program_id(2) * (NC // HALVES)
+    first_token = tl.program_id(2) * (NT // HALVES)
     row0 = tl.program_id(0) * BR
-    signs = tl.arange(0, BR * G)
-    row = row0 + signs // G
+    if ROWS:
+        _prefetch(scales + tl.arange(0, 32) % (4 * STAGES if KIND == 0 else 1) * n + row0, OVERLAP)
+    signs = tl.arange(0, INNER * BR * G)
+    row = row0 + signs % (BR * G) // G
+    its_chunk = signs // (BR * G)
     kk = tl.arange(0, BK)
     column = tl.arange(0, NC)
-    token = first_token + column // HALVES
+    token = tl.minimum(first_token + column % NT // HALVES, tokens - 1)
     half = column % HALVES
-    x_at = x + token.to(tl.int64)[None, :] * x_stride + half[None, :] * m + kk[:, None]
-    word_at = words + (row0 * G + signs).to(tl.int64)[:, None] * BK + kk[None, :]
+    chunk_of = column // NT
+    x_at = x + token.to(tl.int64)[None, :] * x_stride + (half * m + chunk_of * (16 * BK))[None, :] + kk[:, None]
+    word_at = (
+        words + (row0 * G + signs % (BR * G) + its_chunk.to(tl.int64) * chunk_stride // BK)[:, None] * BK + kk[None, :]
+    )
     first = (chunks * split) // SPLIT
     last = (chunks * (split + 1)) // SPLIT
-    total = tl.zeros([BR, NC // HALVES], tl.float32)
-    total2 = tl.zeros([BR, NC // HALVES], tl.float32)
+    if OVERLAP:
+        size = tl.minimum(n - row0, BR) * (G * BK * 2)
+        for c in range(first, last):
+            for s in tl.static_range(PASSES):
+                at = words + c.to(tl.int64) * chunk_stride + s * pass_stride + row0 * (G * BK)
+                _prefetch_block(at, size, OVERLAP)
+    _take_over(OVERLAP)
+    total = tl.zeros([BR, NT // HALVES], tl.float32)
+    total2 = tl.zeros([BR, NT // HALVES], tl.float32)
     for s in tl.static_range(PASSES):
-        acc = tl.zeros([BR * G, NC], tl.float32)
+        acc = tl.zeros([INNER * BR * G, NC], tl.float32)
         middle = tl.zeros([16, NC], tl.float32)
-        for c in tl.range(first, last, num_stages=DEPTH):
+        for c in tl.range(first, last, INNER, num_stages=DEPTH):
             at = word_at + c * chunk_stride + s * pass_stride
             if EVEN:
                 word = tl.load(at)
             else:
-                word = tl.load(at, (row < n)[:, None], 0)
+                word = tl.load(at, ((row < n) & (c + its_chunk < last))[:, None], 0)
+            columns_left = tl.where(c + chunk_of < last, m - (c + chunk_of) * (16 * BK), 0)
+            before = acc
+            if PIECES == 3:  # float32: the sum of a chunk for itself, as tensor cores cut off what is too small
+                acc = tl.zeros([INNER * BR * G, NC], tl.float32)
             for k in tl.static_range(16):
-                j = (c * 16 + k) * BK
-                value = tl.load(x_at + j, (j + kk < m)[:, None] & (token < tokens)[None, :], 0.0).to(tl.float32)
+                if FULL:
+                    value = tl.load(x_at + (c * 16 + k) * BK)
+                else:
+                    inside = (k * BK + kk)[:, None] < columns_left[None, :]
+                    value = tl.load(x_at + (c * 16 + k) * BK, inside, 0.0)
+                if PIECES > 1:
+                    value = value.to(tl.float32)
                 sign = _sign(word, k, MAGIC, EXACT)
-                if MAGIC:
-                    value = value * (1 << (6 - k % 6))
                 for piece in tl.static_range(PIECES):
                     if piece + 1 < PIECES:
                         near, value = _piece(value)
                         near = near.to(tl.bfloat16)
                     else:
                         near = value.to(tl.bfloat16)
-                    acc = _dot(sign, near, acc, EXACT)
+                    if PIECES == 3:
+                        acc += _dot(sign, near, tl.zeros([INNER * BR * G, NC], tl.float32), EXACT)
+                    else:
+                        acc = _dot(sign, near, acc, EXACT)
                     if MAGIC:
-                        center = (tl.zeros([16, BK], tl.float32) + (1.0 + 1.0 / (1 << (7 - k % 6)))).to(tl.bfloat16)
+                        center = (tl.zeros([16, BK], tl.float32) + ((64 >> (k % 6)) + 0.5)).to(tl.bfloat16)
                         middle = _dot(center, near, middle, EXACT)
-        acc = tl.reshape(acc, [BR, G, NC])
+            if PIECES == 3:
+                acc += before
         if MAGIC:
-            acc = acc - tl.reshape(tl.sum(middle, 0) * 0.0625, [1, 1, NC])
+            acc = acc - (tl.sum(middle, 0) * 0.0625)[None, :]
         else:
             acc = acc * 0.5
+        acc = tl.where(its_chunk[:, None] == chunk_of[None, :], acc, 0.0) if INNER > 1 else acc
+        acc = tl.sum(tl.reshape(acc, [INNER * BR * G, INNER, NT]), 1) if INNER > 1 else acc
+        acc = tl.sum(tl.reshape(acc, [INNER, BR * G, NT]), 0) if INNER > 1 else acc
+        acc = tl.reshape(acc, [BR, G, NT])
         rows3 = tl.reshape(row0 + tl.arange(0, BR), [BR, 1, 1])
         g = tl.reshape(tl.arange(0, G), [1, G, 1])
         if KIND == 0:
-            half3 = tl.reshape(half, [1, 1, NC])
+            half3 = tl.reshape(tl.arange(0, NT) % HALVES, [1, 1, NT])
             uw = (g // 2) % 2
             q = g % 2
             base = ((s * (G // 4) + g // 4) * 2 + uw) * 2
@@ -165,12 +236,12 @@ def multiply_planes(
             two = tl.load(scales + (base + 1 - half3) * width + where, inside, 0.0)
             one = tl.where((half3 == 1) & (uw == q), -one, one)
             two = tl.where(tl.where(half3 == 0, q, uw) == 1, -two, two)
-            total += tl.sum(tl.reshape(tl.sum(one * acc, 1), [BR, NC // 2, 2]), 2)
-            total2 += tl.sum(tl.reshape(tl.sum(two * acc, 1), [BR, NC // 2, 2]), 2)
+            total += tl.sum(tl.reshape(tl.sum(one * acc, 1), [BR, NT // 2, 2]), 2)
+            total2 += tl.sum(tl.reshape(tl.sum(two * acc, 1), [BR, NT // 2, 2]), 2)
         else:
             total += tl.sum(acc, 1)
     rows = row0 + tl.arange(0, BR)
-    tokens_here = first_token + tl.arange(0, NC // HALVES)
+    tokens_here = first_token + tl.arange(0, NT // HALVES)
     inside = (rows < n)[:, None] & (tokens_here < tokens)[None, :]
     if KIND == 1:  # a binary weight is twice half its sign
         scale = tl.load(scales + rows, rows < n, 0.0)[:, None] if ROWS else tl.load(scales)
@@ -179,8 +250,9 @@ def multiply_planes(
 
 
 @triton.jit
-def add_splits(parts, bias, y, tokens, out_features, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+def add_splits(parts, bias, y, tokens, out_features, SPLIT: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     """Add partial sums (SPLIT, tokens, out_features) in order, and the bias."""
+    _take_over(OVERLAP)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     size = tokens * out_features
     inside = place < size
@@ -271,9 +343,10 @@ def multiply_blocks(
     tokens, x_stride, y_stride, n, m, tile, chunks, chunk_stride, pass_stride,
     KIND: tl.constexpr, STAGES: tl.constexpr, PASSES: tl.constexpr, G: tl.constexpr, BK: tl.constexpr,
     GROUPS: tl.constexpr, PLACES: tl.constexpr, SPLIT: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr,
-    EXACT: tl.constexpr,
+    OVERLAP: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Write y, or the partial sums (SPLIT, tokens, out_features): weights made in registers, BR rows by BM tokens."""
+    _take_over(OVERLAP)
     split = tl.program_id(1)
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     token = tl.program_id(2) * BM + tl.arange(0, BM)
@@ -284,6 +357,10 @@ def multiply_blocks(
     total2 = tl.zeros([BR, BM], tl.float32)
     for c in range((chunks * split) // SPLIT, (chunks * (split + 1)) // SPLIT):
         found = _load_words(words + c * chunk_stride, row, n, kk, pass_stride, PASSES, G, BK)
+        before, before2 = total, total2
+        if kind == tl.float32:  # the sum of a chunk for itself
+            total = tl.zeros([BR, BM], tl.float32)
+            total2 = tl.zeros([BR, BM], tl.float32)
         for k in range(16):
             j = (c * 16 + k) * BK
             if j < m:
@@ -296,8 +373,199 @@ def multiply_blocks(
                     total = tl.dot(a12.to(kind), x2, total, input_precision="ieee")
                     total2 = tl.dot(a21.to(kind), x1, total2, input_precision="ieee")
                     total2 = tl.dot(a22.to(kind), x2, total2, input_precision="ieee")
+        if kind == tl.float32:
+            total += before
+            total2 += before2
     inside = (row < n)[:, None] & (token < tokens)[None, :]
     _store(y, bias, places, total, total2, row, token, inside, n, tokens, y_stride, KIND, PLACES, SPLIT)
+
+
+def _decoder(stages):
+    """Return PTX that makes two columns of the four quarters of bits 15 of words, in fp16, and its constraints.
+
+    Operands: the quarters; 4 words a stage, p and q of U and of W; 4 scales a stage, re and im of U and of W.
+    """
+    lines = [".reg .b32 p, q, re, im, u_re, u_im, w_re, w_im;"]
+    for i in range(0, 4 * stages, 2):
+        part = "uw"[i // 2 % 2]
+        lines += [
+            f"lop3.b32 p, ${4 + i}, 0x80008000, 0xB800B800, 0x6A;",  # half the sign
+            f"lop3.b32 q, ${5 + i}, 0x80008000, 0xB800B800, 0x6A;",
+            "add.rn.f16x2 re, p, q;",
+            "sub.rn.f16x2 im, p, q;",
+        ]
+        for what, scale in (("re", 4 + 4 * stages + i), ("im", 5 + 4 * stages + i)):
+            into = f"{part}_{what}"
+            lines += [
+                f"mul.rn.f16x2 {into}, {what}, ${scale};"
+                if i < 4
+                else f"fma.rn.f16x2 {into}, {what}, ${scale}, {into};"
+            ]
+    lines += ["add.rn.f16x2 $0, u_re, w_re;", "sub.rn.f16x2 $1, w_im, u_im;"]
+    lines += ["add.rn.f16x2 $2, u_im, w_im;", "sub.rn.f16x2 $3, u_re, w_re;"]
+    return "{" + " ".join(lines) + "}", ",".join(["=&r"] * 4 + ["r"] * (8 * stages))
+
+
+DECODERS = tl.constexpr(tuple(_decoder(stages)[0] for stages in range(1, 9)))
+OPERANDS = tl.constexpr(tuple(_decoder(stages)[1] for stages in range(1, 9)))
+QUARTERS = tl.constexpr((tl.float16,) * 4)
+
+
+@triton.jit
+def _half_sign(word):
+    return tl.where(word < 0, 0.5, -0.5).to(tl.float16)
+
+
+@triton.jit
+def _decode(words, scales, STAGES: tl.constexpr, EXACT: tl.constexpr):
+    """Return the quarters A11, A12, A21, A22 of bits 15 of words, fp16 (BR, WB), from scales of that shape."""
+    if EXACT:
+        for t in tl.static_range(STAGES):
+            p, q = _half_sign(words[4 * t]), _half_sign(words[4 * t + 1])
+            p2, q2 = _half_sign(words[4 * t + 2]), _half_sign(words[4 * t + 3])
+            u_re, u_im = (p + q) * scales[4 * t], (p - q) * scales[4 * t + 1]
+            w_re, w_im = (p2 + q2) * scales[4 * t + 2], (p2 - q2) * scales[4 * t + 3]
+            if t == 0:
+                sum_u_re, sum_u_im, sum_w_re, sum_w_im = u_re, u_im, w_re, w_im
+            else:
+                sum_u_re += u_re
+                sum_u_im += u_im
+                sum_w_re += w_re
+                sum_w_im += w_im
+        return sum_u_re + sum_w_re, sum_w_im - sum_u_im, sum_u_im + sum_w_im, sum_u_re - sum_w_re
+    else:
+        return tl.inline_asm_elementwise(DECODERS[STAGES - 1], OPERANDS[STAGES - 1], words + scales, QUARTERS, True, 2)
+
+
+@triton.jit
+def _shifted(words, N: tl.constexpr, EXACT: tl.constexpr):
+    """Return words with bit 14 where 15 was."""
+    found = ()
+    for i in tl.static_range(N):
+        if EXACT:
+            word = words[i] << 1
+        else:  # the bit that comes over from the neighbour gets as far as bit 14
+            word = tl.inline_asm_elementwise("shl.b32 $0, $1, 1;", "=r,r", [words[i]], tl.int16, True, 2)
+        found = found + (word,)  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _pairs(first, second, BR: tl.constexpr, WB: tl.constexpr):
+    """Return (BR, 2 WB): two columns of the first, two of the second, and so on."""
+    both = tl.join(tl.reshape(first, [BR, WB // 2, 2]), tl.reshape(second, [BR, WB // 2, 2]))
+    return tl.reshape(tl.permute(both, (0, 1, 3, 2)), [BR, 2 * WB])
+
+
+@triton.jit
+def _row_power(scales, row, n, N: tl.constexpr, ROWS: tl.constexpr, BR: tl.constexpr):
+    """Return a power of two above the sum of N scales of rows."""
+    total = tl.zeros([BR], tl.float32)
+    for i in tl.static_range(N):
+        total += tl.abs(tl.load(scales + i * n + row) if ROWS else tl.load(scales + i))
+    power = tl.minimum(tl.maximum(total.to(tl.int32, bitcast=True) >> 23, 2), 252)
+    return ((power + 1) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _row_scales(scales, power, row, n, N: tl.constexpr, ROWS: tl.constexpr, BR: tl.constexpr, WB: tl.constexpr):
+    """Return N scales of rows over their power of two, as fp16 (BR, WB)."""
+    found = ()
+    for i in tl.static_range(N):
+        scale = (tl.load(scales + i * n + row) if ROWS else tl.load(scales + i)) / power
+        found = found + (scale.to(tl.float16)[:, None] + tl.zeros([BR, WB], tl.float16),)  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def normalize(
+    x, out, factors, scales, powers, tokens, x_stride, n, m, width,
+    STAGES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Write activations as fp16 numbers below 2^15 with a power of two for each token, padded with zeros to ``width``.
+
+    Columns 4 i to 4 i + 3 of the result are columns 2 i and 2 i + 1 of the first half, then of the second. Programs
+    beyond the tokens write the power of two of BR rows of the codes.
+    """
+    _take_over(OVERLAP)
+    if tl.program_id(0) >= tokens:
+        row = (tl.program_id(0) - tokens) * BR + tl.arange(0, BR)
+        power = _row_power(scales, tl.minimum(row, n - 1), n, 4 * STAGES, ROWS, BR)
+        tl.store(powers + row, power, row < n)
+        return
+    token = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, WIDTH)
+    column = (place // 4) * 2 + place % 2
+    here = x + token * x_stride + (place // 2 % 2) * m
+    top = tl.zeros([WIDTH], tl.float32)
+    for start in range(0, width, WIDTH):
+        j = start // 2 + column
+        top = tl.maximum(top, tl.abs(tl.load(here + j, j < m, 0.0).to(tl.float32)))
+    power = tl.maximum(tl.max(top, 0).to(tl.int32, bitcast=True) >> 23, 15)
+    factor = ((268 - power) << 23).to(tl.float32, bitcast=True)  # 2^14 over the power of two of the largest
+    for start in range(0, width, WIDTH):
+        j = start // 2 + column
+        value = tl.load(here + j, j < m, 0.0).to(tl.float32) * factor
+        tl.store(out + token * width + start + place, value.to(tl.float16), start + place < width)
+    tl.store(factors + token, ((power - 14) << 23).to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def multiply_wide(
+    normal, factors, words, scales, powers, bias, places, y,
+    tokens, width, y_stride, n, chunks, chunk_stride, pass_stride,
+    STAGES: tl.constexpr, PASSES: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr,
+    PLACES: tl.constexpr, SPLIT: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, WB: tl.constexpr,
+    SWAP: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Write y, or the partial sums (SPLIT, tokens, out_features), from normalized activations: for many tokens.
+
+    A program has BR rows of the codes, so 2 BR of the weight, and BM tokens. It takes WB words of each plane at once,
+    a bit of each after the other, from the highest to the lowest. SWAP: tokens by rows, so that the weights go through
+    shared memory.
+    """
+    _take_over(OVERLAP)
+    split = tl.program_id(1)
+    row = tl.minimum(tl.program_id(0) * BR + tl.arange(0, BR), n - 1)
+    token = tl.program_id(2) * BM + tl.arange(0, BM)
+    kk = tl.arange(0, WB)
+    x_at = normal + tl.minimum(token, tokens - 1).to(tl.int64)[None, :] * width + tl.arange(0, 2 * WB)[:, None]
+    halves = _row_scales(scales, tl.load(powers + row), row, n, 4 * STAGES, ROWS, BR, WB)
+    total = tl.zeros([BM, 2 * BR] if SWAP else [2 * BR, BM], tl.float32)
+    parts: tl.constexpr = BK // WB
+    for part in range((chunks * parts * split) // SPLIT, (chunks * parts * (split + 1)) // SPLIT):
+        c = part // parts
+        first = part % parts * WB
+        found = ()
+        for s in tl.static_range(PASSES):
+            for g in tl.static_range(G):
+                at = words + c * chunk_stride + s * pass_stride + first + kk[None, :]
+                found = found + (tl.load(at + (row.to(tl.int64)[:, None] * G + g) * BK),)  # noqa: RUF005
+        for k in tl.range(16, num_stages=DEPTH):
+            value = tl.load((tl.trans(x_at) if SWAP else x_at) + ((c * 16 + 15 - k) * BK + first) * 2)
+            a11, a12, a21, a22 = _decode(found, halves, STAGES, EXACT)
+            found = _shifted(found, 4 * STAGES, EXACT)
+            both = tl.join(_pairs(a11, a12, BR, WB), _pairs(a21, a22, BR, WB))
+            weights = tl.reshape(tl.permute(both, (2, 0, 1)), [2 * BR, 2 * WB])
+            if SWAP:
+                total = _dot(value, tl.trans(weights), total, EXACT)
+            else:
+                total = _dot(weights, value, total, EXACT)
+    total = tl.trans(total) if SWAP else total
+    r = tl.arange(0, 2 * BR)
+    row = tl.program_id(0) * BR + r % BR
+    inside = (row < n)[:, None] & (token < tokens)[None, :]
+    total = (
+        total * tl.load(powers + row, row < n, 0.0)[:, None] * tl.load(factors + token, token < tokens, 0.0)[None, :]
+    )
+    out = row + r // BR * n
+    if PLACES:
+        out = tl.load(places + out, row < n, 0)
+    if SPLIT == 1:
+        if bias is not None:
+            total += tl.load(bias + out, row < n, 0.0).to(tl.float32)[:, None]
+    at = y + (split * tokens + token).to(tl.int64)[None, :] * y_stride + out[:, None]
+    tl.store(at, total.to(y.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -326,3 +594,39 @@ def write_dense(
                 tl.store(at1 + m + j, a12.to(kind), inside)
                 tl.store(at2 + j, a21.to(kind), inside)
                 tl.store(at2 + m + j, a22.to(kind), inside)
+
+
+@triton.jit
+def write_dense_bf16(
+    words, scales, places, dense, n, m, chunk_stride, pass_stride, in_features,
+    STAGES: tl.constexpr, PASSES: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr,
+    PLACES: tl.constexpr, BR: tl.constexpr, WB: tl.constexpr, OVERLAP: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Write the dense weight of phase codes with scales of the tensor or of rows, as multiply_wide makes it."""
+    _take_over(OVERLAP)
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    last = tl.minimum(row, n - 1)
+    c = tl.program_id(1) // (BK // WB)
+    first = tl.program_id(1) % (BK // WB) * WB
+    kk = first + tl.arange(0, WB)
+    powers = _row_power(scales, last, n, 4 * STAGES, ROWS, BR)
+    halves = _row_scales(scales, powers, last, n, 4 * STAGES, ROWS, BR, WB)
+    found = ()
+    for s in tl.static_range(PASSES):
+        for g in tl.static_range(G):
+            at = words + c * chunk_stride + s * pass_stride + kk[None, :]
+            found = found + (tl.load(at + (last.to(tl.int64)[:, None] * G + g) * BK),)  # noqa: RUF005
+    out1 = tl.load(places + last) if PLACES else last
+    out2 = tl.load(places + n + last) if PLACES else last + n
+    at1 = dense + out1.to(tl.int64)[:, None] * in_features
+    at2 = dense + out2.to(tl.int64)[:, None] * in_features
+    for k in range(16):
+        a11, a12, a21, a22 = _decode(found, halves, STAGES, EXACT)
+        found = _shifted(found, 4 * STAGES, EXACT)
+        j = (c * 16 + 15 - k) * BK + kk[None, :]
+        inside = (row < n)[:, None] & (j < m)
+        kind: tl.constexpr = dense.dtype.element_ty
+        tl.store(at1 + j, (a11.to(tl.float32) * powers[:, None]).to(kind), inside)
+        tl.store(at1 + m + j, (a12.to(tl.float32) * powers[:, None]).to(kind), inside)
+        tl.store(at2 + j, (a21.to(tl.float32) * powers[:, None]).to(kind), inside)
+        tl.store(at2 + m + j, (a22.to(tl.float32) * powers[:, None]).to(kind), inside)
