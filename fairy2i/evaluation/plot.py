@@ -11,13 +11,16 @@ if TYPE_CHECKING:
     from .compare import Row
 
 
+QUANTIZED = 8  # bits per weight, at most
+
+
 def mean_accuracy(row: "Row") -> float | None:
     """Return the mean of all tasks that were measured, in percent."""
     return 100 * sum(result["acc"] for result in row.tasks) / len(row.tasks) if row.tasks else None
 
 
 def draw_comparison(rows: Sequence["Row"], baseline: "Row") -> "Figure":
-    """Draw quality against bits per weight; the baseline is a line across, as it has many times the bits.
+    """Draw quality against bits per weight; the baseline, and what else is unquantized, is a line across.
 
     Args:
         rows: what a row lacks is left out.
@@ -47,6 +50,8 @@ def draw_comparison(rows: Sequence["Row"], baseline: "Row") -> "Figure":
                 continue
             if row is baseline:
                 axes.axhline(value, color="#7f7f7f", linestyle="--", linewidth=1, label=row.label)
+            elif row.bits > QUANTIZED:
+                axes.axhline(value, color=colour, linestyle=":", linewidth=1.5, label=row.label)
             else:
                 axes.scatter([row.bits], [value], color=colour, marker=marker, s=40, label=row.label, zorder=3)
         if unit == "perplexity":
@@ -58,5 +63,8 @@ def draw_comparison(rows: Sequence["Row"], baseline: "Row") -> "Figure":
         axes.set_xlabel("bits per weight, scales counted")
         axes.set_ylabel(unit)
         axes.grid(color="#e5e5e5", linewidth=0.8)
-    figure.axes[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, fontsize=9)
+    shown = {label: mark for axes in figure.axes for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    labels = [row.label for row in rows if row.label in shown]  # a row need not be in every panel
+    marks = [shown[label] for label in labels]
+    figure.axes[-1].legend(marks, labels, loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, fontsize=9)
     return figure
