@@ -131,6 +131,22 @@ def _lsq_root(scheme: Scheme, shape: torch.Size, scales: Tensor) -> float:
     return math.sqrt(math.prod(scheme.code_shape(*shape)) / scales.numel())
 
 
+def gradient_of_scales(scheme: Scheme, grad: Tensor, kept: Tensor, scales: Tensor) -> Tensor:
+    """Return the gradient of learned scales, float32 and shaped as they are.
+
+    Args:
+        grad: the gradient of the dense quantized weight, (out, in).
+        kept: the codes, as :func:`quantize_to_keep` returns them.
+        scales: shaped as the scheme says.
+    """
+    if _fused(scheme, grad):
+        turned = _in_basis(scheme, grad)
+        found = torch.ops.fairy2i.phase_scale_gradient(turned, turned, kept, scales, *_settings(scheme))
+    else:
+        found = scheme.scale_gradient(grad, _codes(scheme, None, scales, kept)[0])
+    return found / _lsq_root(scheme, grad.shape, scales)
+
+
 class _QuantizedLinear(torch.autograd.Function):
     """y = x q(weight)^T + bias, with identity gradient from q to weight and no q kept in between.
 
@@ -181,7 +197,7 @@ class _QuantizedLinear(torch.autograd.Function):
         codes = turned = None  # made again, not kept: they depend on nothing but weight and scales
         if ctx.fused and weight is not None and scales is not None and (need_x or need_scales):
             turned = _in_basis(scheme, weight, grad)
-        if not ctx.fused and (need_scales or (need_x and dense is None)):
+        if not ctx.fused and ((need_scales and blocks is None) or (need_x and dense is None)):
             codes, scales = _codes(scheme, weight, scales, blocks)
         if need_x:
             if dense is None and codes is not None:
@@ -196,12 +212,12 @@ class _QuantizedLinear(torch.autograd.Function):
             grad_dense = rows.mT @ x.reshape(-1, x.shape[-1])
             if need_weight:
                 grad_weight = grad_dense.to(ctx.master)
-            if need_scales:
+            if need_scales and blocks is not None:
+                grad_scales = gradient_of_scales(scheme, grad_dense, blocks, scales).to(ctx.scale_dtype)
+            elif need_scales:
                 if codes is None:
-                    turned_grad = _in_basis(scheme, grad_dense)
-                    some = turned_grad if turned is None else turned
-                    settings = _settings(scheme)
-                    grad_scales = torch.ops.fairy2i.phase_scale_gradient(turned_grad, some, blocks, scales, *settings)
+                    some = _in_basis(scheme, grad_dense), turned, None, scales
+                    grad_scales = torch.ops.fairy2i.phase_scale_gradient(*some, *_settings(scheme))
                 else:
                     grad_scales = scheme.scale_gradient(grad_dense, codes)
                 grad_scales = (grad_scales / _lsq_root(scheme, grad_dense.shape, scales)).to(ctx.scale_dtype)
@@ -257,6 +273,7 @@ class QATLinear(nn.Linear):
     kept: Tensor | None = None  # the quantized weight, dense or as codes, for as long as the weight stays
     kept_scales: Tensor | None = None
     kept_codes: Tensor | None = None  # beside a dense one, where the scales are learned: for their gradient
+    scales_later: bool = False  # whether somebody makes the gradient of the scales from that of the weight
 
     def __init__(
         self,
@@ -333,12 +350,17 @@ class QATLinear(nn.Linear):
     def _grouped(self, scales: Tensor | None) -> Tensor | None:
         return None if scales is None else scales.view(self.scheme.scale_shape(self.out_features, self.in_features))
 
+    def _trained_scales(self) -> Tensor | None:
+        """The learned scales, without their graph where somebody makes their gradient later."""
+        scales = self._grouped(self.scales)
+        return scales.detach() if self.scales_later and scales is not None else scales
+
     def trained_weight(self) -> Tensor:
         """Return the dense quantized weight (out_features, in_features) with straight-through gradients.
 
         For a caller that multiplies with it more than once in a forward: :meth:`forward` quantizes at each call.
         """
-        return _QuantizedWeight.apply(self.matrix, self._grouped(self.scales), self._grouped(self._exact), self.scheme)
+        return _QuantizedWeight.apply(self.matrix, self._trained_scales(), self._grouped(self._exact), self.scheme)
 
     @torch.no_grad()
     def init_scales(self) -> None:
@@ -381,7 +403,7 @@ class QATLinear(nn.Linear):
             kept = self.kept
             if kept is not None and kept.is_floating_point() and kept.dtype != x.dtype:
                 kept = None
-        scales, exact = self._grouped(self.scales), self._grouped(self._exact)
+        scales, exact = self._trained_scales(), self._grouped(self._exact)
         values = kept, self.kept_scales, self.kept_codes
         return _QuantizedLinear.apply(x, matrix, scales, exact, self.bias, self.scheme, *values)
 

@@ -18,9 +18,13 @@ micro-batch of a step, and during an evaluation. ``verify`` quantizes again at e
 ``graph`` records on a GPU what quantizes all layers as a CUDA graph, and launches it as one: a small model has so many
 small layers that calling the kernels takes longer than running them. It holds while all weights stay where they are in
 memory, as an optimizer leaves them; elsewhere layers are quantized one by one, and recorded anew.
+
+``defer`` leaves the gradients of learned scales out of each backward: they are linear in those of the weights, so
+:meth:`Reuse.scale_gradients` makes them once, of all micro-batches together, and as one CUDA graph too.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -30,7 +34,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .qat import QATLinear, _dense, _dense_of_kept, quantize_to_keep
+from .qat import QATLinear, _dense, _dense_of_kept, gradient_of_scales, quantize_to_keep
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +48,8 @@ class Reuse:
     Args:
         model, what, dtype, verify: as for :func:`reuse_quantized`.
         graph: record a CUDA graph; it outlives the scope, for the next one of the same object.
+        defer: make gradients of learned scales in :meth:`scale_gradients`, which must be called behind the last
+            backward of the scope. Not where gradients are summed over processes in the backward.
     """
 
     def __init__(
@@ -53,6 +59,7 @@ class Reuse:
         dtype: torch.dtype | None = None,
         verify: bool = False,
         graph: bool = False,
+        defer: bool = False,
     ) -> None:
         if what not in KEPT:
             raise ValueError(f"what is kept is one of {', '.join(KEPT)}, not {what!r}")
@@ -63,7 +70,12 @@ class Reuse:
         self.layers = [module for module in model.modules() if isinstance(module, QATLinear)]
         self._seen: dict[int, tuple[Any, ...]] = {}
         self._hook: Any = None
+        shared = _shared(model)  # the gradient of a tied embedding is not that of the head alone
+        alone = [layer for layer in self.layers if id(layer.weight) not in shared]
+        self._deferring = alone if defer else []
         self._graph = _Graph() if graph and not self.sharded else None
+        self._gradients = _Graph()
+        self._staged: list[Tensor] = []  # gradients of the weights, at places that stay
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()  # a copy of a layer, or a saved one, is in no scope
@@ -73,6 +85,9 @@ class Reuse:
         self.let_go()
         for layer in self.layers:
             layer.reuse = self
+        for layer in self._deferring:
+            trained = layer.weight.requires_grad and layer.scales is not None and layer.scales.requires_grad
+            layer.scales_later = trained
         self._hook = register_optimizer_step_post_hook(self.let_go)
         self.refresh_all()
 
@@ -81,6 +96,8 @@ class Reuse:
         self.let_go()
         for layer in self.layers:
             layer.reuse = None
+        for layer in self._deferring:
+            layer.scales_later = False
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -99,6 +116,30 @@ class Reuse:
             return
         for layer in self.layers:
             self.refresh(layer, self.dtype or layer.weight.dtype)
+
+    @torch.no_grad()
+    def scale_gradients(self) -> None:
+        """Give learned scales the gradients that were left out, from the summed ones of their weights."""
+        layers = [layer for layer in self.layers if layer.scales_later and layer.weight.grad is not None]
+        given: list[Any] = [layer.weight.grad for layer in layers]
+        kept: list[Any] = [layer.kept if layer.kept_codes is None else layer.kept_codes for layer in layers]
+
+        def gradients(of: list[Tensor]) -> list[Tensor]:
+            triples = zip(layers, of, kept, strict=True)
+            turned = ((one, grad.T if one.fan_in_fan_out else grad, codes) for one, grad, codes in triples)
+            return [gradient_of_scales(one.scheme, grad, codes, _scales_of(one)) for one, grad, codes in turned]
+
+        found = None
+        if self._graph is not None and _on_gpu(layers):
+            if [g.shape for g in self._staged] != [g.shape for g in given]:
+                self._staged = [torch.empty_like(g) for g in given]
+            torch._foreach_copy_(self._staged, given)
+            tensors = [*self._staged, *kept, *(layer.scales for layer in layers)]
+            found = self._gradients([t.data_ptr() for t in tensors], lambda: gradients(self._staged))
+        for layer, grad in zip(layers, gradients(given) if found is None else found, strict=True):
+            scales: Any = layer.scales
+            grad = grad.view_as(scales)
+            scales.grad = grad if scales.grad is None else scales.grad + grad
 
     @torch.no_grad()
     def _launch(self, graph: "_Graph") -> bool:
@@ -155,6 +196,18 @@ class Reuse:
                 f"the kept quantized weight of {layer} is stale: something wrote the weight past its version counter "
                 "(through .data?) inside reuse_quantized; close the scope before"
             )
+
+
+def _scales_of(layer: QATLinear) -> Tensor:
+    scales = layer.group_scales
+    assert scales is not None
+    return scales
+
+
+def _shared(model: nn.Module) -> set[int]:
+    """Return the ids of the parameters that more than one module has, as tied embeddings and heads do."""
+    owned = [id(p) for module in model.modules() for p in module._parameters.values() if p is not None]
+    return {key for key, count in Counter(owned).items() if count > 1}
 
 
 def _on_gpu(layers: list[QATLinear]) -> bool:

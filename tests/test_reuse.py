@@ -45,7 +45,7 @@ def micro_batches(model, count=3, run=None, dtype=torch.float32):
         y = (run or model)(torch.randn(5, 24, generator=generator, dtype=dtype).to(device))
         y.square().sum().backward()
         outputs.append(y.detach())
-    return [*outputs, *(p.grad.clone() for p in model.parameters())]
+    return [*outputs, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
 def same(a, b):
@@ -256,6 +256,28 @@ def test_a_compiled_model_uses_what_is_kept_and_is_not_compiled_for_each_step(re
     assert same(micro_batches(model, 2, compiled), micro_batches(model, 2))
 
 
+def test_a_compiled_model_is_compiled_once_where_gradients_of_scales_come_later(request):
+    torch._dynamo.reset()
+    request.addfinalizer(torch._dynamo.reset)
+    model = model_of(LEARNED)
+    twin, compilations = copy.deepcopy(model), []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    compiled, reuse = torch.compile(model, fullgraph=True, backend=backend), module.Reuse(model, "dense", defer=True)
+    for _ in range(3):
+        reuse.begin()
+        micro_batches(model, 2, compiled)
+        reuse.scale_gradients()
+        reuse.end()
+        micro_batches(twin, 2)
+        for found, expected in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(found.grad, expected.grad, rtol=1e-5, atol=1e-6)
+    assert len(compilations) == 1
+
+
 @pytest.fixture
 def one_process():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -334,6 +356,81 @@ def test_what_cannot_be_recorded_is_quantized_layer_by_layer(recordings, monkeyp
     twin = copy.deepcopy(model)
     assert same(steps(twin, None), steps(model, module.Reuse(model, "dense", graph=True)))
     assert caplog.text.count("layer by layer") == 1
+
+
+LEARNING = [scheme for scheme in SCHEMES if scheme.learned] + [METHODS["fairy2i_w2"]]
+
+
+def later(model, **how):
+    return module.Reuse(model, defer=True, **how)
+
+
+def close_steps(model, twin, reuse, count=4):
+    """Do the same steps with gradients of scales from each backward, and later; compare losses and all weights."""
+    optimizers = [torch.optim.AdamW(one.parameters(), lr=0.01) for one in (model, twin)]
+    for _ in range(count):
+        results = []
+        for one, optimizer in zip((model, twin), optimizers, strict=True):
+            optimizer.zero_grad()
+            if one is model:
+                reuse.begin()
+            values = [value.clone() for value in micro_batches(one, 2)[:2]]
+            if one is model:
+                reuse.scale_gradients()
+                reuse.end()
+            results.append([*values, *(p.grad.clone() for p in one.parameters())])
+            optimizer.step()
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["layer by layer", "graph"])
+@pytest.mark.parametrize("what", KEPT)
+@pytest.mark.parametrize("scheme", LEARNING, ids=str)
+def test_gradients_of_scales_may_be_made_from_those_of_the_weights(recordings, scheme, what, graph):
+    model = model_of(scheme)
+    twin = copy.deepcopy(model)
+    close_steps(model, twin, later(model, what=what, graph=graph))
+    assert len(recordings) == 2 * graph
+
+
+def test_scales_whose_weight_is_frozen_or_tied_have_their_gradient_from_the_backward():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(32, 24)
+            self.body = QATLinear(24, 24, scheme=LEARNED)
+            self.frozen = QATLinear(24, 24, scheme=LEARNED)
+            self.frozen.weight.requires_grad_(False)
+            self.head = QATLinear(24, 32, bias=False, scheme=LEARNED)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, ids):
+            return self.head(self.frozen(self.body(self.embedding(ids))))
+
+    model = Tied()
+    twin, reuse, ids = copy.deepcopy(model), later(model), torch.arange(20) % 32
+    twin(ids).square().sum().backward()
+    reuse.begin()
+    assert [layer.scales_later for layer in (model.body, model.frozen, model.head)] == [True, False, False]
+    model(ids).square().sum().backward()
+    assert model.body.scales.grad is None and model.head.scales.grad is not None
+    reuse.scale_gradients()
+    reuse.end()
+    assert not model.body.scales_later
+    for found, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        if expected.requires_grad:
+            torch.testing.assert_close(found.grad, expected.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("what", KEPT)
+@pytest.mark.parametrize("scheme", LEARNING, ids=str)
+def test_gradients_of_scales_by_a_real_graph(scheme, what):
+    model = model_of(scheme).cuda()
+    reuse = later(model, what=what, graph=True)
+    close_steps(model, copy.deepcopy(model), reuse, 6)
+    assert reuse._gradients._recorded is not None
 
 
 @pytest.mark.gpu

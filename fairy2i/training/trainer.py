@@ -313,7 +313,10 @@ class QATTrainer(MonitoredTrainer, WholeCheckpoints, HeldOutLoss):
             self._reuse.refresh_all()
         elif (kept := self._kept(steps=True)) is not None:
             if self._reuse is None or self._reuse.what != kept:
-                self._reuse = Reuse(model, kept, torch.bfloat16 if self.args.bf16 else None, graph=kept == "dense")
+                dtype = torch.bfloat16 if self.args.bf16 else None
+                # elsewhere the gradient of a weight is not that of one backward, and the scales' would be rounded anew
+                single = self.args.world_size == self.args.gradient_accumulation_steps == 1
+                self._reuse = Reuse(model, kept, dtype, graph=kept == "dense", defer=single)
             self._reuse.begin()
             self._open = True
         try:
@@ -322,6 +325,8 @@ class QATTrainer(MonitoredTrainer, WholeCheckpoints, HeldOutLoss):
             self._let_go()
             raise
         if self.accelerator.sync_gradients:  # the optimizer is next
+            if self._open:
+                self._reuse.scale_gradients()
             self._let_go()
         return loss
 
