@@ -55,7 +55,7 @@ def _fused(scheme: Scheme, tensor: Tensor, dtype: torch.dtype | None = None) -> 
 
 def _in_basis(scheme: Scheme, matrix: Tensor, after: Tensor | None = None) -> Tensor:
     """Return a weight or its gradient in the basis of the codes, for the kernels; float32 where that is another one."""
-    return torch.ops.fairy2i.rotate(matrix, scheme.rotation, after) if scheme.rotation else matrix
+    return torch.ops.fairy2i.rotate(matrix, scheme.rotation, None, None, after) if scheme.rotation else matrix
 
 
 def _turned_back(
@@ -64,7 +64,7 @@ def _turned_back(
     """Return what a kernel has made in the basis of the codes, in that of the model, rounded as it shall be."""
     if not scheme.rotation:
         return dense
-    return torch.ops.fairy2i.rotate(dense, scheme.rotation, after).to(master).to(dtype)
+    return torch.ops.fairy2i.rotate(dense, scheme.rotation, master, dtype, after)
 
 
 def _dense(

@@ -35,15 +35,19 @@ def kernels(monkeypatch):
 def test_the_kernel_has_the_bits_of_the_reference(device, shape, rotation, dtype):
     x = torch.randn(shape, device=device).to(dtype)
     for y in (x, x.T.contiguous().T, torch.nn.functional.pad(x, (3, 2))[:, 3:-2]):
-        found = torch.ops.fairy2i.rotate(y, rotation, None)
+        found = torch.ops.fairy2i.rotate(y, rotation, None, None, None)
         assert found.dtype == torch.float32 and found.is_contiguous()
-        assert torch.equal(found, rotate(x.float(), rotation))
+        expected = rotate(x.float(), rotation)
+        assert torch.equal(found, expected)
+        found = torch.ops.fairy2i.rotate(y, rotation, dtype, torch.bfloat16, None)
+        assert found.is_contiguous() and torch.equal(found, expected.to(dtype).to(torch.bfloat16))
 
 
 @on_both
 def test_op_is_well_formed(device):
     for x in (torch.randn(6, 64, device=device), torch.randn(6, 10, device=device)):
-        torch.library.opcheck(torch.ops.fairy2i.rotate.default, (x, 64, None))
+        torch.library.opcheck(torch.ops.fairy2i.rotate.default, (x, 64, None, None, None))
+        torch.library.opcheck(torch.ops.fairy2i.rotate.default, (x, 64, torch.float32, torch.bfloat16, None))
 
 
 @on_both

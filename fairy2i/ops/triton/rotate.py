@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import on_device
+from .quantize import INTERPRETED, MASTERS
 
 ENTRIES = 4096  # of a program
 
@@ -22,7 +23,7 @@ ENTRIES = 4096  # of a program
 @triton.jit
 def rotate_blocks(
     x, y, blocks, across, row_stride, col_stride, scale,
-    WIDTH: tl.constexpr, STEPS: tl.constexpr, BLOCKS: tl.constexpr,
+    WIDTH: tl.constexpr, STEPS: tl.constexpr, BLOCKS: tl.constexpr, MASTER: tl.constexpr,
 ):  # fmt: skip
     """Write y (rows, across * WIDTH), contiguous, from x with any strides."""
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
@@ -36,13 +37,19 @@ def rotate_blocks(
         a, b = tl.split(tl.reshape(z, [BLOCKS, WIDTH // 2, 2]))
         z = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), [BLOCKS, WIDTH])
     z = z * scale
-    tl.store(y + block.to(tl.int64)[:, None] * WIDTH + column[None, :], z.to(y.dtype.element_ty), inside)
+    at = y + block.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    tl.store(at, z.to(MASTER).to(y.dtype.element_ty), inside)
 
 
-def rotate(x: Tensor, width: int) -> Tensor:
-    """Return the blocks of ``width`` features of a (rows, features) matrix rotated, float32 and contiguous."""
+def rotate(x: Tensor, width: int, master: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """Return the blocks of ``width`` features of a (rows, features) matrix rotated, contiguous.
+
+    The float32 sums are rounded to ``master``, and then to ``dtype``.
+    """
+    if INTERPRETED and not (master == dtype == torch.float32):  # it cuts bits off where a GPU rounds
+        return rotate(x, width, torch.float32, torch.float32).to(master).to(dtype)
     rows, features = x.shape
-    y = torch.empty(rows, features, dtype=torch.float32, device=x.device)
+    y = torch.empty(rows, features, dtype=dtype, device=x.device)
     if not x.numel():
         return y
     blocks = x.numel() // width
@@ -50,6 +57,7 @@ def rotate(x: Tensor, width: int) -> Tensor:
     with on_device(x):
         rotate_blocks[(triton.cdiv(blocks, some),)](
             x, y, blocks, features // width, x.stride(0), x.stride(1), 1 / math.sqrt(width),
-            WIDTH=width, STEPS=width.bit_length() - 1, BLOCKS=some, num_warps=4, enable_fp_fusion=False,
+            WIDTH=width, STEPS=width.bit_length() - 1, BLOCKS=some, MASTER=MASTERS[master], num_warps=4,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return y
