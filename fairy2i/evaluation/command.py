@@ -33,13 +33,17 @@ gives noise: that is the point of training. `accelerate` is of no use here: it i
 docs/evaluation.md."""
 
 
-def add_perplexity_arguments(parser: argparse.ArgumentParser, data: Sequence[str]) -> None:
-    """Add the arguments that measure_texts reads."""
+DATA = ["wikitext2", "c4"]  # measured on where nothing is said
+
+
+def add_perplexity_arguments(parser: argparse.ArgumentParser, data: Sequence[str] | None, default: str) -> None:
+    """Add the arguments that measure_texts reads; ``default`` says in words what ``data`` is."""
     parser.add_argument(
         "--data",
         nargs="*",
-        default=list(data),
-        help="wikitext2, c4 (from the Hub), wikitext2=FILE, c4=FILE (local copies of these), any files, Hub data sets",
+        default=None if data is None else list(data),
+        help="wikitext2, c4 (from the Hub), wikitext2=FILE, c4=FILE (local copies of these), any files, Hub data sets; "
+        f"default: {default}",
     )
     parser.add_argument("--protocol", nargs="+", default=["gptq"], choices=list(PROTOCOLS), help="default: %(default)s")
     parser.add_argument("--window", type=int, default=2048, help="tokens in a window (default %(default)s)")
@@ -50,7 +54,7 @@ def add_perplexity_arguments(parser: argparse.ArgumentParser, data: Sequence[str
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = one_model_parser("fairy2i eval", DESCRIPTION)
-    add_perplexity_arguments(parser, ["wikitext2", "c4"])
+    add_perplexity_arguments(parser, DATA, " ".join(DATA))
     parser.add_argument("--batch_size", type=int, default=1, help="windows at a time (default %(default)s)")
     return parser.parse_args(argv)
 

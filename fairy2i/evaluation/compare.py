@@ -22,7 +22,7 @@ from ..loading import parse_method
 from ..plotting import check_plot_file
 from ..streaming import find_model
 from . import tasks as task_module
-from .command import add_perplexity_arguments, data_sha256, measure_text, settings, write_json
+from .command import DATA, add_perplexity_arguments, data_sha256, measure_text, settings, write_json
 from .models import FULL_BITS, OpenModel, add_model_arguments, fingerprint, open_model, weight_files
 from .plot import draw_comparison
 from .table import markdown_table, number
@@ -83,7 +83,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output_folder", required=True, help="measurements, table.md and results.json go here")
     parser.add_argument("--plot", metavar="FILE", help="draw quality against bits (.png, .pdf, .svg)")
     add_model_arguments(parser)
-    add_perplexity_arguments(parser, ["wikitext2", "c4"])
+    add_perplexity_arguments(parser, None, f"{' '.join(DATA)}, or no text where there are --tasks")
     parser.add_argument("--batch_size", type=int, default=1, help="windows at a time (default %(default)s)")
     task_module.add_task_arguments(parser, [])
     return parser.parse_args(argv)
@@ -286,6 +286,8 @@ def measure_models(args: argparse.Namespace) -> list[Row]:
     entries = [split_model(text) for text in args.models]  # errors first, then the work
     for method in args.quant_method:
         parse_method(method)
+    if args.data is None:
+        args.data = [] if args.tasks else DATA
     if not (args.data or args.tasks):
         raise ValueError("there is nothing to measure: give --data or --tasks")
     if args.tasks:

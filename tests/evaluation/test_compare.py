@@ -119,6 +119,7 @@ def test_a_picture_has_a_mark_for_each_model_and_a_line_for_the_baseline(compare
     rows = [
         Row("base", {"bits_per_weight": None}, {"text gptq@8": 10.0}, [{"task": "piqa", "acc": 0.5}]),
         Row("v2", {"bits_per_weight": 2.0}, {"text gptq@8": 20.0}, [{"task": "piqa", "acc": 0.25}]),
+        Row("trained", {"bits_per_weight": None}, {"text gptq@8": 9.0}, []),  # a line too, and not in each panel
     ]
     figure = module.draw_comparison(rows, rows[0])
     perplexities, accuracy = figure.axes
@@ -126,7 +127,8 @@ def test_a_picture_has_a_mark_for_each_model_and_a_line_for_the_baseline(compare
     for axes, line, mark in ((perplexities, 10.0, 20.0), (accuracy, 50.0, 25.0)):
         assert list(axes.lines[0].get_ydata()) == [line, line]
         assert [points.get_offsets().tolist() for points in axes.collections] == [[[2.0, mark]]]
-    assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["base", "v2"]
+    assert [list(line.get_ydata()) for line in perplexities.lines[1:]] == [[9.0, 9.0]] and len(accuracy.lines) == 1
+    assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["base", "v2", "trained"]
 
 
 def test_the_same_table_and_picture_come_from_the_measurements_alone(compare, tmp_path, monkeypatch, capsys):
@@ -224,6 +226,18 @@ def test_a_measurement_is_found_by_its_key_alone(tmp_path):
     assert store.get("other name", {"b": None, "a": 1}, lambda: pytest.fail("measured again")) == {"x": 1}
     assert store.get("one", {"a": 2, "b": None}, lambda: {"x": 2}) == {"x": 2}
     assert store.made == 2
+
+
+@pytest.mark.parametrize(("tasks", "texts"), [(["--tasks", "piqa"], []), ([], ["wikitext2", "c4"])])
+def test_texts_that_nobody_named_are_not_measured_beside_tasks(folder, tmp_path, monkeypatch, tasks, texts):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(module.task_module, "prepare", lambda *args: None)
+    asked = []
+    monkeypatch.setattr(module, "load_eval_text", lambda source: asked.append(source))
+    monkeypatch.setattr(module, "measure_model", lambda label, *args: module.Row(label, {"bits": 16.0}, {}, []))
+    arguments = module.parse_args(["--models", "plain", *tasks, "--output_folder", str(tmp_path / "out")])
+    assert len(module.measure_models(arguments)) == 1
+    assert asked == texts
 
 
 @pytest.mark.parametrize(
