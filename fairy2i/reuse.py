@@ -84,10 +84,10 @@ class Reuse:
         """Open the scope; weights that are whole now are quantized now, as a compiled forward cannot fill the place."""
         self.let_go()
         for layer in self.layers:
-            layer.reuse = self
+            vars(layer)["reuse"] = self  # as QATLinear.keep does it
         for layer in self._deferring:
             trained = layer.weight.requires_grad and layer.scales is not None and layer.scales.requires_grad
-            layer.scales_later = trained
+            vars(layer)["scales_later"] = trained
         self._hook = register_optimizer_step_post_hook(self.let_go)
         self.refresh_all()
 
@@ -95,9 +95,9 @@ class Reuse:
         """Close the scope and let go of what was kept; harmless where none is open."""
         self.let_go()
         for layer in self.layers:
-            layer.reuse = None
+            vars(layer)["reuse"] = None
         for layer in self._deferring:
-            layer.scales_later = False
+            vars(layer)["scales_later"] = False
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -154,7 +154,7 @@ class Reuse:
         if found is None:
             return False
         for layer, stamp, values in zip(self.layers, stamps, found, strict=True):
-            layer.kept, layer.kept_scales, layer.kept_codes = values
+            layer.keep(*values)
             self._seen[id(layer)] = stamp
         return True
 
@@ -176,7 +176,7 @@ class Reuse:
             if self.verify:
                 self._check(layer, dtype)
             return
-        layer.kept, layer.kept_scales, layer.kept_codes = self._quantize(layer, dtype)
+        layer.keep(*self._quantize(layer, dtype))
         self._seen[id(layer)] = stamp
 
     def _quantize(self, layer: QATLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -279,6 +279,7 @@ class QATTrainer(MonitoredTrainer, WholeCheckpoints, HeldOutLoss):
             )
             self.model_accepts_loss_kwargs = True  # the sum is divided by the tokens of all accumulated batches
 
+        self._small: bool | None = None  # not known yet
         self._reuse: Any = None
         self._open = False  # the scope of it: from the first to the last micro-batch of a step
 
@@ -303,9 +304,12 @@ class QATTrainer(MonitoredTrainer, WholeCheckpoints, HeldOutLoss):
 
     def _dense_is_small(self) -> bool:
         """Return whether dense quantized weights of all layers take little beside what training takes anyway."""
-        layers = [module for module in self._plain_model().modules() if isinstance(module, QATLinear)]
-        width = 2 if self.args.bf16 or self.args.fp16 else 4
-        return not _is_sharded(self.args) and width * sum(layer.weight.numel() for layer in layers) <= SMALL
+        if self._small is None:
+            layers = [module for module in self._plain_model().modules() if isinstance(module, QATLinear)]
+            width = 2 if self.args.bf16 or self.args.fp16 else 4
+            size = width * sum(layer.weight.numel() for layer in layers)
+            self._small = size <= SMALL and not _is_sharded(self.args)
+        return self._small
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Do a micro-batch, with weights quantized in the first one of the step; the last one lets go of them."""
