@@ -141,6 +141,7 @@ class MonitoredTrainer(Trainer):
         if self._peak is None and self.args.device.type == "cuda" and (self.args.bf16 or self.args.fp16):
             self._peak = peak_flops(torch.cuda.get_device_name(self.args.device))
         self._flops: float | None = None
+        self._total_flos: float | None = None  # of a token, as the Trainer counts them
         self._since: float | None = None  # when the time of the next log line began
         self._tokens = 0
         self._batches: list[tuple[Tensor, Tensor]] = []  # losses and tokens of this step
@@ -158,6 +159,13 @@ class MonitoredTrainer(Trainer):
         self._batches.append((loss.detach().clone(), ids))
         self._tokens += ids.numel()
         return loss
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return what the Trainer adds to ``total_flos``; it would count the parameters in each step."""
+        tokens = inputs["input_ids"].numel()
+        if self._total_flos is None:
+            self._total_flos = super().floating_point_ops(inputs) / max(tokens, 1)
+        return int(self._total_flos * tokens)
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         if self._batches:  # none at the end of an epoch, where this is called once more

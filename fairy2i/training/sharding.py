@@ -37,6 +37,8 @@ def place_teacher(
             leaves them as they are.
     """
     teacher.requires_grad_(False).eval()
+    if (config := getattr(teacher, "config", None)) is not None:
+        config.get_text_config().use_cache = False  # nothing reads it, and its blocks would be compiled one by one
     teacher.to(dtype=dtype)
     names = set(getattr(teacher, "_no_split_modules", None) or ())
     blocks = [module for module in teacher.modules() if type(module).__name__ in names]

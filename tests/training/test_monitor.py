@@ -16,7 +16,7 @@ from fairy2i import QATLinear, replace_modules_for_qat
 from fairy2i.cli import main
 from fairy2i.training import monitor
 from fairy2i.training.monitor import CodeWatch, flops_per_token, peak_flops
-from fairy2i.training.trainer import QATTrainingArguments
+from fairy2i.training.trainer import QATTrainer, QATTrainingArguments
 
 
 def history(output):
@@ -28,6 +28,17 @@ def lines(output):
 
 
 # Speed
+
+
+def test_operations_are_counted_as_the_trainer_does_without_counting_parameters_each_time(tmp_path, monkeypatch):
+    model = tiny_model()
+    trainer = QATTrainer(model=model, args=QATTrainingArguments(output_dir=str(tmp_path), use_cpu=True))
+    batches = [{"input_ids": torch.zeros(2, length, dtype=torch.long)} for length in (7, 7, 31)]
+    expected = [model.floating_point_ops(batch) for batch in batches]
+    counts, original = [], type(model).num_parameters
+    monkeypatch.setattr(type(model), "num_parameters", lambda *a, **k: counts.append(1) or original(*a, **k))
+    assert [trainer.floating_point_ops(batch) for batch in batches] == expected and min(expected) > 0
+    assert len(counts) == 1
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,12 @@ def student_and_teacher(family="llama", skip_lm_head=None, **settings):
     return model.train(), place_teacher(teacher, torch.device("cpu"))
 
 
+def test_a_teacher_keeps_no_keys_and_values():
+    _, teacher = student_and_teacher()
+    assert teacher(**batch()).past_key_values is None
+    assert tiny_model("llama").eval()(input_ids=batch()["input_ids"]).past_key_values is not None
+
+
 def run(model, teacher, chunk, count=None, autocast=False, **loss):
     """Return the loss, all gradients in one vector, and whether it was made in chunks."""
     objective = Objective(model, teacher if loss else None, chunk=chunk, **loss)
