@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_trainer import ACCUMULATION, BATCH, BLOCK, LEARNED, V2, folder, in_step, train
 from tiny_models import VOCABULARY, tiny_model
+from transformers import Trainer
 
 from fairy2i import QATLinear, replace_modules_for_qat
 from fairy2i.cli import main
@@ -34,7 +35,7 @@ def test_operations_are_counted_as_the_trainer_does_without_counting_parameters_
     model = tiny_model()
     trainer = QATTrainer(model=model, args=QATTrainingArguments(output_dir=str(tmp_path), use_cpu=True))
     batches = [{"input_ids": torch.zeros(2, length, dtype=torch.long)} for length in (7, 7, 31)]
-    expected = [model.floating_point_ops(batch) for batch in batches]
+    expected = [Trainer.floating_point_ops(trainer, batch) for batch in batches]
     counts, original = [], type(model).num_parameters
     monkeypatch.setattr(type(model), "num_parameters", lambda *a, **k: counts.append(1) or original(*a, **k))
     assert [trainer.floating_point_ops(batch) for batch in batches] == expected and min(expected) > 0
