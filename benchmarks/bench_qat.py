@@ -471,7 +471,7 @@ def bench_kernels(args: argparse.Namespace, device: torch.device, clock: Clock) 
 
         add("copy", 2 * size, Tensor.copy_, [torch.empty_like(weight) for weight in weights], weights)
         for granularity, stages in (("tensor", 1), ("tensor", 2), ("tensor", 4), ("row", 2), ("tile", 2)):
-            how = (stages, granularity, 64)
+            how = (stages, granularity, 64, 0)
             fits = [run.phase_quantize_mean(weight, *how, None, True) for weight in weights]
             scales, blocks = [fit[1] for fit in fits], [fit[2] for fit in fits]
             key, passes = f"{granularity} {stages}", stages + 2 if granularity == "tensor" else 2
@@ -549,8 +549,8 @@ def planned(**plans: Any) -> Iterator[None]:
 
     original: Any = launch._plan
 
-    def plan(n: int, m: int, granularity: str, tile: int, what: str, stages: int, turned: bool) -> Any:
-        return plans.get(what) or original(n, m, granularity, tile, what, stages, turned)
+    def plan(n: int, m: int, granularity: str, tile: int, what: str, stages: int, turned: bool, width: int) -> Any:
+        return plans.get(what) or original(n, m, granularity, tile, what, stages, turned, width)
 
     setattr(launch, "_plan", plan)  # noqa: B010
     try:
@@ -563,7 +563,7 @@ def sweep_call(what: str, stages: int, weights: Rotation) -> Callable[[], Any]:
     """Return a call of the sums ("sums"), of writing with given scales ("write") or of both ("mean")."""
     from fairy2i.ops.triton.quantize import sum_stages
 
-    how, bf16 = (stages, "tensor", 64), torch.bfloat16
+    how, bf16 = (stages, "tensor", 64, 0), torch.bfloat16
     if what == "sums":
         found = torch.empty(stages, 2, 2, device=weights.items[0][0].device)
         return lambda: sum_stages(weights()[0], found)
@@ -697,16 +697,13 @@ def check(device: torch.device, small: bool, say: Callable[[str], None] = print)
                         options: Any = {"granularity": granularity, "tile": tile}
                         codes, scales = phase_quantize(weight, stages=stages, **options)
                         dense = phase_dequantize(codes, scales, **options).to(dtype)
-                        found = run.phase_quantize_mean(weight, stages, granularity, tile, dtype, True)
+                        how = (stages, granularity, tile, 0)
+                        found = run.phase_quantize_mean(weight, *how, dtype, True)
                         blocks = found[2]
-                        given, _ = run.phase_quantize_given(
-                            weight, scales, stages, granularity, tile, dtype, False, None
-                        )
-                        again = run.phase_dequantize_blocks(
-                            blocks, scales, stages, granularity, tile, dtype, dtype, None
-                        )
+                        given, _ = run.phase_quantize_given(weight, scales, *how, dtype, False, None)
+                        again = run.phase_dequantize_blocks(blocks, scales, *how, dtype, dtype, None)
                         grad = torch.randn(weight.shape, device=device)
-                        moved = run.phase_scale_gradient(grad, weight, None, scales, stages, granularity, tile)
+                        moved = run.phase_scale_gradient(grad, weight, None, scales, *how)
                         expected = phase_scale_gradient(grad, codes, **options)
                         same = [
                             torch.equal(ops.from_blocks(blocks, stages), codes),

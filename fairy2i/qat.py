@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .ops import rotation as _rotation_op  # noqa: F401  # registers fairy2i::rotate
 from .ops import training as ops
 from .schemes import PhaseScheme, Scheme, method_name
 
@@ -39,8 +38,8 @@ def keep_float32(cast: Tensor, exact: Tensor) -> Tensor:
     return cast if cast.dtype == torch.float32 else exact.to(cast.device)
 
 
-def _settings(scheme: Any) -> tuple[int, str, int]:
-    return scheme.stages, scheme.granularity, scheme.tile
+def _settings(scheme: Any) -> tuple[int, str, int, int]:
+    return scheme.stages, scheme.granularity, scheme.tile, scheme.rotation
 
 
 COMPILED = 1 << 21  # weights of a layer up to which a compiler's kernels take less time than calls of ours
@@ -53,41 +52,23 @@ def _fused(scheme: Scheme, tensor: Tensor, dtype: torch.dtype | None = None) -> 
     return isinstance(scheme, PhaseScheme) and ops.fused(tensor, scheme.stages, dtype)
 
 
-def _in_basis(scheme: Scheme, matrix: Tensor, after: Tensor | None = None) -> Tensor:
-    """Return a weight or its gradient in the basis of the codes, for the kernels; float32 where that is another one."""
-    return torch.ops.fairy2i.rotate(matrix, scheme.rotation, None, None, after) if scheme.rotation else matrix
-
-
-def _turned_back(
-    scheme: Scheme, dense: Tensor, master: torch.dtype, dtype: torch.dtype, after: Tensor | None = None
-) -> Tensor:
-    """Return what a kernel has made in the basis of the codes, in that of the model, rounded as it shall be."""
-    if not scheme.rotation:
-        return dense
-    return torch.ops.fairy2i.rotate(dense, scheme.rotation, master, dtype, after)
-
-
 def _dense(
     scheme: Scheme,
     weight: Tensor,
     scales: Tensor | None,
     dtype: torch.dtype,
     after: Tensor | None = None,
-    turned: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return q(weight), rounded to the weight's dtype and then to ``dtype``, and what makes it again: scales, or None.
 
-    ``after`` is the gradient in a backward: see :mod:`fairy2i.ops.training`. ``turned`` is the weight in the basis of
-    the codes, where the caller has it.
+    ``after`` is the gradient in a backward: see :mod:`fairy2i.ops.training`.
     """
     if _fused(scheme, weight) and (scales is not None or scheme.scales == "mean"):
-        turned = _in_basis(scheme, weight, after) if turned is None else turned
-        made = torch.float32 if scheme.rotation else dtype
         if scales is None:
-            dense, scales, _ = torch.ops.fairy2i.phase_quantize_mean(turned, *_settings(scheme), made, False)
+            dense, scales, _ = torch.ops.fairy2i.phase_quantize_mean(weight, *_settings(scheme), dtype, False)
         else:
-            dense, _ = torch.ops.fairy2i.phase_quantize_given(turned, scales, *_settings(scheme), made, False, after)
-        return _turned_back(scheme, dense, weight.dtype, dtype, after), scales
+            dense, _ = torch.ops.fairy2i.phase_quantize_given(weight, scales, *_settings(scheme), dtype, False, after)
+        return dense, scales
     codes, used = scheme.quantize(weight, scales)
     dense = scheme.dequantize(codes, used).to(weight.dtype).to(dtype)
     return dense, used if scales is None and scheme.scales == "mean" else scales  # joint codes are not greedy ones
@@ -100,11 +81,10 @@ def quantize_to_keep(scheme: Scheme, weight: Tensor, scales: Tensor | None) -> t
     if not _fused(scheme, weight) or (scales is None and scheme.scales != "mean"):
         codes, used = scheme.quantize(weight, scales)
         return ops.to_blocks(codes), used
-    turned = _in_basis(scheme, weight)
     if scales is None:
-        _, scales, blocks = torch.ops.fairy2i.phase_quantize_mean(turned, *_settings(scheme), None, True)
+        _, scales, blocks = torch.ops.fairy2i.phase_quantize_mean(weight, *_settings(scheme), None, True)
         return blocks, scales
-    _, blocks = torch.ops.fairy2i.phase_quantize_given(turned, scales, *_settings(scheme), None, True, None)
+    _, blocks = torch.ops.fairy2i.phase_quantize_given(weight, scales, *_settings(scheme), None, True, None)
     return blocks, ops.clamped(scales)
 
 
@@ -120,9 +100,10 @@ def _dense_of_kept(
     scheme: Scheme, kept: Tensor, scales: Tensor, master: torch.dtype, dtype: torch.dtype, after: Tensor | None = None
 ) -> Tensor:
     if _fused(scheme, kept, master):
-        made = (torch.float32, torch.float32) if scheme.rotation else (master, dtype)
-        dense = torch.ops.fairy2i.phase_dequantize_blocks(kept, scales, *_settings(scheme), *made, after)
-        return _turned_back(scheme, dense, master, dtype, after)
+        dense: Tensor = torch.ops.fairy2i.phase_dequantize_blocks(
+            kept, scales, *_settings(scheme), master, dtype, after
+        )
+        return dense
     return scheme.dequantize(*_codes(scheme, None, scales, kept)).to(master).to(dtype)
 
 
@@ -140,8 +121,7 @@ def gradient_of_scales(scheme: Scheme, grad: Tensor, kept: Tensor, scales: Tenso
         scales: shaped as the scheme says.
     """
     if _fused(scheme, grad):
-        turned = _in_basis(scheme, grad)
-        found = torch.ops.fairy2i.phase_scale_gradient(turned, turned, kept, scales, *_settings(scheme))
+        found = torch.ops.fairy2i.phase_scale_gradient(grad, grad, kept, scales, *_settings(scheme))
     else:
         found = scheme.scale_gradient(grad, _codes(scheme, None, scales, kept)[0])
     return found / _lsq_root(scheme, grad.shape, scales)
@@ -194,9 +174,7 @@ class _QuantizedLinear(torch.autograd.Function):
         need_x, need_weight, need_scales, _, need_bias, *_ = ctx.needs_input_grad
         grad_x = grad_weight = grad_scales = grad_bias = None
         rows = grad.reshape(-1, grad.shape[-1])
-        codes = turned = None  # made again, not kept: they depend on nothing but weight and scales
-        if ctx.fused and weight is not None and scales is not None and (need_x or need_scales):
-            turned = _in_basis(scheme, weight, grad)
+        codes = None  # made again, not kept: they depend on nothing but weight and scales
         if not ctx.fused and ((need_scales and blocks is None) or (need_x and dense is None)):
             codes, scales = _codes(scheme, weight, scales, blocks)
         if need_x:
@@ -205,7 +183,7 @@ class _QuantizedLinear(torch.autograd.Function):
             elif dense is None and blocks is not None:
                 dense = _dense_of_kept(scheme, blocks, scales, ctx.master, x.dtype, after=grad)
             elif dense is None:
-                dense, _ = _dense(scheme, weight, scales, x.dtype, after=grad, turned=turned)
+                dense, _ = _dense(scheme, weight, scales, x.dtype, after=grad)
             grad_x = grad @ dense
         dense = None
         if need_weight or need_scales:
@@ -216,7 +194,7 @@ class _QuantizedLinear(torch.autograd.Function):
                 grad_scales = gradient_of_scales(scheme, grad_dense, blocks, scales).to(ctx.scale_dtype)
             elif need_scales:
                 if codes is None:
-                    some = _in_basis(scheme, grad_dense), turned, None, scales
+                    some = grad_dense, weight, None, scales
                     grad_scales = torch.ops.fairy2i.phase_scale_gradient(*some, *_settings(scheme))
                 else:
                     grad_scales = scheme.scale_gradient(grad_dense, codes)
@@ -245,8 +223,8 @@ class _QuantizedWeight(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             scheme = ctx.scheme
             if _fused(scheme, weight):
-                turned = _in_basis(scheme, grad), _in_basis(scheme, weight, grad)
-                grad_scales = torch.ops.fairy2i.phase_scale_gradient(*turned, None, scales, *_settings(scheme))
+                some = grad, weight, None, scales
+                grad_scales = torch.ops.fairy2i.phase_scale_gradient(*some, *_settings(scheme))
             else:
                 grad_scales = scheme.scale_gradient(grad, scheme.quantize(weight, scales)[0])
             grad_scales = (grad_scales / _lsq_root(scheme, grad.shape, scales)).to(ctx.scale_dtype)

@@ -4,6 +4,7 @@ Schemas, fakes and the choice of a backend. The functions of :mod:`fairy2i.phase
 wherever no kernel is: :func:`fused` says where one is, and what calls these ops asks it first. Triton is imported at
 the first use of a kernel. Codes are *block codes* here, uint8 (ceil(T/2), n, m): byte s of entry (i, j) has u and w of
 stage 2s in bits 0-1 and 2-3, and those of stage 2s+1 in bits 4-5 and 6-7; at two stages a byte is four real weights.
+With a rotation (:mod:`fairy2i.rotation`) codes and scales are of the rotated weight, all else is in the model's basis.
 
 FAIRY2I_TRAINING_BACKEND=torch, or :func:`set_backend`, turns the kernels off; "triton" asks for them on any device, as
 Triton's interpreter (TRITON_INTERPRET=1) runs them on the processor.
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ..granularity import Granularity, group_shape
 from ..phase_quant import SCALE_MIN, phase_dequantize, phase_quantize, phase_scale_gradient
+from ..rotation import block_width, rotate
 from .triton import on_device
 
 Backend = Literal["auto", "torch", "triton"]
@@ -96,6 +98,15 @@ def from_blocks(blocks: Tensor, stages: int) -> Tensor:
 # Ops
 
 
+def _turned(
+    matrix: Tensor, width: int, master: torch.dtype = torch.float32, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Return a matrix rotated by a kernel of its own, where the others do not do it on their way: see `rotates`."""
+    from .triton.rotate import rotate as run
+
+    return run(matrix, width, master, dtype or master)
+
+
 def _outputs(weight: Tensor, stages: int, dtype: torch.dtype | None, codes: bool) -> tuple[Tensor, Tensor]:
     rows, cols = weight.shape
     dense = weight.new_empty((rows, cols) if dtype is not None else (0,), dtype=dtype or weight.dtype)
@@ -109,37 +120,77 @@ def _quantize(
     stages: int,
     granularity: Granularity,
     tile: int,
+    rotation: int,
     dtype: torch.dtype | None,
     codes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the dense weight, the scales, means where none are given, and the block codes."""
+    master = weight.dtype
     if not fused(weight, stages):
         dense, blocks = _outputs(weight, stages, None, False)
-        found, used = phase_quantize(weight, stages=stages, granularity=granularity, tile=tile, scales=scales)
+        settings: Any = {"granularity": granularity, "tile": tile}
+        found, used = phase_quantize(_rotated(weight, rotation), stages=stages, scales=scales, **settings)
         if dtype is not None:
-            dense = phase_dequantize(found, used, granularity=granularity, tile=tile).to(weight.dtype).to(dtype)
+            dense = _dequantize(found, used, granularity, tile, rotation, master, dtype)
         return dense, used, to_blocks(found) if codes else blocks
-    from .triton.quantize import quantize
+    from .triton.quantize import quantize, rotates
 
-    if mean := scales is None:
-        dense, used, blocks = _fake_mean(weight, stages, granularity, tile, dtype, codes)
-    else:
-        dense, blocks = _outputs(weight, stages, dtype, codes)
-        used = scales.contiguous()
-    given = (None if dtype is None else dense, blocks if codes else None)
+    width = block_width(weight.shape[1], rotation)
+    apart = not rotates(weight.shape[1] // 2, width, granularity, tile, weight) and width > 1
+    made = torch.float32 if apart and dtype is not None else dtype
     with _on_device(weight):
-        quantize(weight, used, *given, stages=stages, granularity=granularity, tile=tile, mean=mean)
-    return dense, used, blocks
+        weight = _turned(weight, width) if apart else weight
+        if mean := scales is None:
+            dense, used, blocks = _fake_mean(weight, stages, granularity, tile, rotation, made, codes)
+        else:
+            dense, blocks = _outputs(weight, stages, made, codes)
+            used = scales.contiguous()
+        given = (None if dtype is None else dense, blocks if codes else None)
+        how: Any = {"stages": stages, "granularity": granularity, "tile": tile, "width": 1 if apart else width}
+        quantize(weight, used, *given, **how, mean=mean)
+        if apart and dtype is not None:
+            dense = _turned(dense, width, master, dtype)
+    return dense if dtype is not None else dense.to(master), used, blocks
+
+
+def _rotated(matrix: Tensor, rotation: int) -> Tensor:
+    return rotate(matrix.float(), rotation) if rotation else matrix
+
+
+def _dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    granularity: Granularity,
+    tile: int,
+    rotation: int,
+    master: torch.dtype,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the dense weight of phase codes, by PyTorch."""
+    dense = rotate(phase_dequantize(codes, scales, granularity=granularity, tile=tile), rotation)
+    return dense.to(master).to(dtype).contiguous()
 
 
 def _quantize_mean(
-    weight: Tensor, stages: int, granularity: Granularity, tile: int, dtype: torch.dtype | None, codes: bool
+    weight: Tensor,
+    stages: int,
+    granularity: Granularity,
+    tile: int,
+    rotation: int,
+    dtype: torch.dtype | None,
+    codes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _quantize(weight, None, stages, granularity, tile, dtype, codes)
+    return _quantize(weight, None, stages, granularity, tile, rotation, dtype, codes)
 
 
 def _fake_mean(
-    weight: Tensor, stages: int, granularity: Granularity, tile: int, dtype: torch.dtype | None, codes: bool
+    weight: Tensor,
+    stages: int,
+    granularity: Granularity,
+    tile: int,
+    rotation: int,
+    dtype: torch.dtype | None,
+    codes: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     groups = group_shape(weight.shape[0] // 2, weight.shape[1] // 2, granularity, tile)
     dense, blocks = _outputs(weight, stages, dtype, codes)
@@ -152,11 +203,12 @@ def _quantize_given(
     stages: int,
     granularity: Granularity,
     tile: int,
+    rotation: int,
     dtype: torch.dtype | None,
     codes: bool,
     after: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    dense, _, blocks = _quantize(weight, scales, stages, granularity, tile, dtype, codes)
+    dense, _, blocks = _quantize(weight, scales, stages, granularity, tile, rotation, dtype, codes)
     return dense, blocks
 
 
@@ -166,6 +218,7 @@ def _fake_given(
     stages: int,
     granularity: Granularity,
     tile: int,
+    rotation: int,
     dtype: torch.dtype | None,
     codes: bool,
     after: Tensor | None,
@@ -179,19 +232,24 @@ def _dequantize_blocks(
     stages: int,
     granularity: Granularity,
     tile: int,
+    rotation: int,
     master: torch.dtype,
     dtype: torch.dtype,
     after: Tensor | None,
 ) -> Tensor:
     if not fused(blocks, stages, master):
-        codes = from_blocks(blocks, stages)
-        return phase_dequantize(codes, scales, granularity=granularity, tile=tile).to(master).to(dtype)
-    from .triton.quantize import dequantize
+        return _dequantize(from_blocks(blocks, stages), scales, granularity, tile, rotation, master, dtype)
+    from .triton.quantize import dequantize, rotates
 
-    dense = _fake_blocks(blocks, scales, stages, granularity, tile, master, dtype, after)
+    m = blocks.shape[-1]
+    width = block_width(2 * m, rotation)
+    apart = not rotates(m, width, granularity, tile) and width > 1
+    first, last = (torch.float32, torch.float32) if apart else (master, dtype)
+    dense = _fake_blocks(blocks, scales, stages, granularity, tile, rotation, first, last, after)
+    how: Any = {"stages": stages, "granularity": granularity, "tile": tile, "width": 1 if apart else width}
     with _on_device(blocks):
-        dequantize(blocks, scales, dense, stages=stages, granularity=granularity, tile=tile, master=master)
-    return dense
+        dequantize(blocks, scales, dense, **how, master=first)
+        return _turned(dense, width, master, dtype) if apart else dense
 
 
 def _fake_blocks(
@@ -200,6 +258,7 @@ def _fake_blocks(
     stages: int,
     granularity: Granularity,
     tile: int,
+    rotation: int,
     master: torch.dtype,
     dtype: torch.dtype,
     after: Tensor | None,
@@ -216,20 +275,25 @@ def _scale_gradient(
     stages: int,
     granularity: Granularity,
     tile: int,
+    rotation: int,
 ) -> Tensor:
     if not fused(weight, stages):
         settings: Any = {"granularity": granularity, "tile": tile}
         if blocks is None:
-            codes, _ = phase_quantize(weight, stages=stages, scales=scales, **settings)
+            codes, _ = phase_quantize(_rotated(weight, rotation), stages=stages, scales=scales, **settings)
         else:
             codes = from_blocks(blocks, stages)
-        return phase_scale_gradient(grad, codes, **settings)
-    from .triton.quantize import scale_gradient
+        return phase_scale_gradient(_rotated(grad, rotation), codes, **settings)
+    from .triton.quantize import rotates, scale_gradient
 
+    width = block_width(weight.shape[1], rotation)
+    apart = not rotates(weight.shape[1] // 2, width, granularity, tile, grad, weight) and width > 1
+    how: Any = {"stages": stages, "granularity": granularity, "tile": tile, "width": 1 if apart else width}
     with _on_device(weight):
-        return scale_gradient(
-            grad, weight, blocks, scales.contiguous(), stages=stages, granularity=granularity, tile=tile
-        )
+        if apart:
+            grad = _turned(grad, width)
+            weight = _turned(weight, width) if blocks is None else grad  # only its shape counts beside codes
+        return scale_gradient(grad, weight, blocks, scales.contiguous(), **how)
 
 
 def _fake_scale_gradient(
@@ -240,6 +304,7 @@ def _fake_scale_gradient(
     stages: int,
     granularity: Granularity,
     tile: int,
+    rotation: int,
 ) -> Tensor:
     return torch.empty_like(scales, dtype=torch.float32, memory_format=torch.contiguous_format)
 
@@ -249,25 +314,26 @@ def _fake_scale_gradient(
 # What is not asked for (dtype None: the dense weight; codes False: the block codes) is returned with no elements.
 _OPS: dict[str, tuple[str, Any, Any]] = {
     "phase_quantize_mean": (
-        "(Tensor weight, int stages, str granularity, int tile, ScalarType? dtype, bool codes) "
+        "(Tensor weight, int stages, str granularity, int tile, int rotation, ScalarType? dtype, bool codes) "
         "-> (Tensor dense, Tensor scales, Tensor blocks)",
         _quantize_mean,
         _fake_mean,
     ),
     "phase_quantize_given": (
-        "(Tensor weight, Tensor scales, int stages, str granularity, int tile, ScalarType? dtype, bool codes, "
-        "Tensor? after) -> (Tensor dense, Tensor blocks)",
+        "(Tensor weight, Tensor scales, int stages, str granularity, int tile, int rotation, ScalarType? dtype, "
+        "bool codes, Tensor? after) -> (Tensor dense, Tensor blocks)",
         _quantize_given,
         _fake_given,
     ),
     "phase_dequantize_blocks": (
-        "(Tensor blocks, Tensor scales, int stages, str granularity, int tile, ScalarType master, ScalarType dtype, "
-        "Tensor? after) -> Tensor",
+        "(Tensor blocks, Tensor scales, int stages, str granularity, int tile, int rotation, ScalarType master, "
+        "ScalarType dtype, Tensor? after) -> Tensor",
         _dequantize_blocks,
         _fake_blocks,
     ),
     "phase_scale_gradient": (
-        "(Tensor grad, Tensor weight, Tensor? blocks, Tensor scales, int stages, str granularity, int tile) -> Tensor",
+        "(Tensor grad, Tensor weight, Tensor? blocks, Tensor scales, int stages, str granularity, int tile, "
+        "int rotation) -> Tensor",
         _scale_gradient,
         _fake_scale_gradient,
     ),

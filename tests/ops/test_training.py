@@ -47,7 +47,7 @@ def assert_as_reference(weight, stages, granularity, tile, given=None, dtype=Non
     groups = settings(granularity, tile)
     codes, scales = phase_quantize(weight, stages=stages, scales=given, **groups)
     dense = phase_dequantize(codes, scales, **groups).to(weight.dtype).to(dtype)
-    how = (stages, granularity, tile)
+    how = (stages, granularity, tile, 0)
     if given is None:
         found, its_scales, blocks = run.phase_quantize_mean(weight, *how, dtype, True)
         assert equal(its_scales, scales)
@@ -112,7 +112,7 @@ def test_programs_share_chunks_however_many_they_are(monkeypatch, device, shape)
         for stages in (1, 2):
             codes, scales = assert_as_reference(weight, stages, "tensor", 64)
         grad = torch.randn(shape, device=device)
-        found = run.phase_scale_gradient(grad, weight, None, scales, stages, "tensor", 64)
+        found = run.phase_scale_gradient(grad, weight, None, scales, stages, "tensor", 64, 0)
         assert equal(found, phase_scale_gradient(grad, codes, granularity="tensor"))
         weight[3, 5] = float("inf")  # some programs meet it
         assert_as_reference(weight, 2, "tensor", 64)
@@ -152,7 +152,7 @@ def test_given_scales_count_at_least_the_least(device, granularity, tile):
 
 @on_both
 def test_scales_may_be_of_another_dtype_as_where_sharding_casts_them(device):
-    weight, how = torch.randn(6, 10, device=device), (2, "row", 64)
+    weight, how = torch.randn(6, 10, device=device), (2, "row", 64, 0)
     codes, exact = phase_quantize(weight, stages=2, granularity="row")
     scales = exact.bfloat16()
     codes, _ = assert_as_reference(weight, 2, "row", 64, scales)
@@ -185,7 +185,7 @@ def test_scale_gradients_equal_the_reference(device, stages, granularity, tile):
         weight = torch.randn(12, 26, device=device)
         grad = torch.randn(26, 12, device=device, dtype=grad_dtype).T
         codes, scales = phase_quantize(weight, stages=stages, **groups)
-        how = (scales, stages, granularity, tile)
+        how = (scales, stages, granularity, tile, 0)
         found = run.phase_scale_gradient(grad, weight, None, *how)
         assert found.shape == scales.shape
         assert equal(found, phase_scale_gradient(grad, codes, **groups))
@@ -210,7 +210,7 @@ def test_ops_have_right_schemas_and_fakes(monkeypatch, kernel):
     if kernel and torch.cuda.is_available():
         pytest.skip("the interpreter is for machines without a GPU")
     monkeypatch.setattr(ops, "_backend", "triton" if kernel else "torch")
-    weight, how = torch.randn(6, 10), (3, "row", 64)
+    weight, how = torch.randn(6, 16), (3, "row", 64, 4)
     _, scales, blocks = run.phase_quantize_mean(weight, *how, None, True)
     some = torch.zeros(1)
     for dtype, codes in ((torch.float32, False), (None, True)):
@@ -348,7 +348,7 @@ def test_runs_have_the_same_bits(device):
     weight = torch.randn(1000, 3002, device=device)
     grad = torch.randn_like(weight)
     for granularity in ("tensor", "row", "tile"):
-        how = (3, granularity, 48)
+        how = (3, granularity, 48, 0)
         first = run.phase_quantize_mean(weight, *how, torch.bfloat16, True)
         sums = run.phase_scale_gradient(grad, weight, None, first[1], *how)
         for _ in range(20):
@@ -367,7 +367,7 @@ def test_nothing_is_written_outside(device):
         around.fill_(7.0)
         scales = phase_quantize(weight, stages=2, **settings(granularity, tile))[1]
         dense = around[64:-64].view(34, 70)
-        quantize(weight, scales, dense, None, stages=2, granularity=granularity, tile=tile, mean=False)
+        quantize(weight, scales, dense, None, stages=2, granularity=granularity, tile=tile, width=1, mean=False)
         assert (around[:64] == 7).all() and (around[-64:] == 7).all() and not (dense == 7).any()
 
 
@@ -396,9 +396,9 @@ def test_a_model_of_layers_needs_the_memory_of_plain_layers_and_one_weight(devic
 @on_gpu
 def test_other_devices_and_streams_are_respected(device):
     weight = torch.randn(512, 512, device=device)
-    expected = run.phase_quantize_mean(weight, 2, "tensor", 64, torch.float32, False)[0]
+    expected = run.phase_quantize_mean(weight, 2, "tensor", 64, 0, torch.float32, False)[0]
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        found = run.phase_quantize_mean(weight, 2, "tensor", 64, torch.float32, False)[0]
+        found = run.phase_quantize_mean(weight, 2, "tensor", 64, 0, torch.float32, False)[0]
     stream.synchronize()
     assert torch.equal(found, expected)

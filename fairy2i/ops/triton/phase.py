@@ -14,6 +14,10 @@ Sums are in float64 over float32 terms and rounded once, so that their order doe
 atomics, so a result has the same bits in each run. The arithmetic is that of :mod:`fairy2i.phase_quant`, operation by
 operation. Launch with ``enable_fp_fusion=False``: a fused multiply-add would round other than two operations do.
 
+With a rotation a chunk is of whole blocks of columns: quarters are turned as they are loaded, and the results before
+they are rounded and stored. Between the three lowest bits of the column and the next three, numbers go from thread to
+thread; with eight columns a thread and 256 entries a warp they stay in a warp.
+
 FAST code is for finite numbers and takes about half the instructions. Such an entry is real where |re| > |im| or
 re = -im, and its sign is that of re, else of im: as the signs of p = re + im and q = re - im say, ties and all.
 Programs look for what is not finite on the way, and where they find it do their work again as NaN and infinity need it.
@@ -90,14 +94,42 @@ def _store(at, value, inside, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _load_blocks(matrix, layout, r, c, steps, inside, EVEN: tl.constexpr):
-    """Return the quarters A11, A12, A21, A22 of a chunk as float32, 0 outside. ``layout``: strides, down, right."""
+def _butterflies(x, FIRST: tl.constexpr, BITS: tl.constexpr):
+    """Make of each pair of columns that differ in one bit sum and difference, for BITS bits one after the other."""
+    HIGH: tl.constexpr = x.numel >> (FIRST + BITS)
+    LOW: tl.constexpr = 1 << FIRST
+    # these bits in front are what a thread has, and the others say which thread: so they move once
+    y = tl.permute(tl.reshape(x, [HIGH, 1 << BITS, LOW]), (1, 0, 2))
+    for k in tl.static_range(BITS):
+        pairs = tl.reshape(y, [1 << (BITS - k - 1), 2, (HIGH * LOW) << k])
+        a, b = tl.split(tl.permute(pairs, (0, 2, 1)))
+        y = tl.permute(tl.join(a + b, a - b), (0, 2, 1))
+    return tl.reshape(tl.permute(tl.reshape(y, [1 << BITS, HIGH, LOW]), (1, 0, 2)), x.shape)
+
+
+@triton.jit
+def turn(x, TURNS: tl.constexpr):
+    """Rotate the columns of a (rows, columns) tensor in blocks of 2^TURNS, an even power; 0: as they are."""
+    if TURNS == 0:
+        return x
+    else:
+        for k in tl.static_range(0, TURNS, 3):
+            x = _butterflies(x, k, TURNS - k if TURNS - k < 3 else 3)
+        return x * (1.0 / (1 << (TURNS // 2)))
+
+
+@triton.jit
+def _load_blocks(matrix, layout, r, c, steps, inside, EVEN: tl.constexpr, TURNS: tl.constexpr):
+    """Return the quarters A11, A12, A21, A22 of a chunk, turned, as float32, 0 outside.
+
+    ``layout``: strides, down, right.
+    """
     row_stride, col_stride, down, right = layout
     at = matrix + (r.to(tl.int64) * row_stride + c.to(tl.int64) * col_stride) + steps
-    a11 = _load(at, inside, EVEN).to(tl.float32)
-    a12 = _load(at + right, inside, EVEN).to(tl.float32)
-    a21 = _load(at + down, inside, EVEN).to(tl.float32)
-    a22 = _load(at + down + right, inside, EVEN).to(tl.float32)
+    a11 = turn(_load(at, inside, EVEN).to(tl.float32), TURNS)
+    a12 = turn(_load(at + right, inside, EVEN).to(tl.float32), TURNS)
+    a21 = turn(_load(at + down, inside, EVEN).to(tl.float32), TURNS)
+    a22 = turn(_load(at + down + right, inside, EVEN).to(tl.float32), TURNS)
     return a11, a12, a21, a22
 
 
@@ -225,9 +257,11 @@ def _residual(re_u, im_u, re_w, im_w, known, STAGES: tl.constexpr):
 
 
 @triton.jit
-def _own_sum(x, OWN: tl.constexpr):
-    """Add up OWN neighbours of a row, those of one thread, to take fewer registers: (BR, BC) -> (BR, BC / OWN)."""
-    return tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // OWN, OWN]), 2)
+def _own_sum(x, OWN: tl.constexpr, TURNS: tl.constexpr):
+    """Add up OWN entries of a row, those of one thread, to take fewer registers: (BR, BC) -> (BR, BC / OWN)."""
+    APART: tl.constexpr = x.shape[1] // OWN if TURNS > 0 else 1  # columns, as loads and turns leave them in a thread
+    apart = tl.reshape(x, [x.shape[0], x.shape[1] // (OWN * APART), OWN, APART])
+    return tl.reshape(tl.sum(apart, 2), [x.shape[0], x.shape[1] // OWN])
 
 
 @triton.jit
@@ -239,7 +273,7 @@ def _group_sum(x, ROWS: tl.constexpr):
 @triton.jit
 def _stage_sums(
     weight, layout, rows, cols, r_begin, c_begin, walk, count, known,
-    STAGE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, OWN: tl.constexpr, BACK: tl.constexpr,
+    STAGE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, OWN: tl.constexpr, TURNS: tl.constexpr, BACK: tl.constexpr,
 ):  # fmt: skip
     """Return the magnitudes of one stage over chunks of a rectangle, and how many entries of U and W are real.
 
@@ -256,31 +290,31 @@ def _stage_sums(
         r, c = _place(walk, BR, BC, BACK)
         walk = _next_chunk(walk)
         inside = _inside(r, c, rows, cols, BR, BC)
-        a11, a12, a21, a22 = _load_blocks(weight, layout, r_begin + r, c_begin + c, steps, inside, False)
+        a11, a12, a21, a22 = _load_blocks(weight, layout, r_begin + r, c_begin + c, steps, inside, False, TURNS)
         re_u, im_u, re_w, im_w = _parts(a11, a12, a21, a22)
         re_u, im_u, re_w, im_w = _residual(re_u, im_u, re_w, im_w, known, STAGE)
         p_u, q_u = _encode(re_u, im_u)
         p_w, q_w = _encode(re_w, im_w)
         size_re_u, size_im_u = _magnitudes(re_u, im_u, p_u, p_u == q_u, inside)
         size_re_w, size_im_w = _magnitudes(re_w, im_w, p_w, p_w == q_w, inside)
-        sum_re_u += _own_sum(size_re_u.to(tl.float64), OWN)
-        sum_im_u += _own_sum(size_im_u.to(tl.float64), OWN)
-        sum_re_w += _own_sum(size_re_w.to(tl.float64), OWN)
-        sum_im_w += _own_sum(size_im_w.to(tl.float64), OWN)
-        real_u += _own_sum((inside & (p_u == q_u)).to(tl.int32), OWN)
-        real_w += _own_sum((inside & (p_w == q_w)).to(tl.int32), OWN)
+        sum_re_u += _own_sum(size_re_u.to(tl.float64), OWN, TURNS)
+        sum_im_u += _own_sum(size_im_u.to(tl.float64), OWN, TURNS)
+        sum_re_w += _own_sum(size_re_w.to(tl.float64), OWN, TURNS)
+        sum_im_w += _own_sum(size_im_w.to(tl.float64), OWN, TURNS)
+        real_u += _own_sum((inside & (p_u == q_u)).to(tl.int32), OWN, TURNS)
+        real_w += _own_sum((inside & (p_w == q_w)).to(tl.int32), OWN, TURNS)
     return sum_re_u, sum_im_u, sum_re_w, sum_im_w, real_u, real_w
 
 
 @triton.jit
 def _fast_stage_sums(
     weight, layout, rows, cols, r_begin, c_begin, walk, count, known,
-    STAGE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, OWN: tl.constexpr, EVEN: tl.constexpr, BACK: tl.constexpr,
-    DEPTH: tl.constexpr,
+    STAGE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, OWN: tl.constexpr, TURNS: tl.constexpr, EVEN: tl.constexpr,
+    BACK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Return the same as :func:`_stage_sums` where all numbers are finite; else a sum is not."""
     # half of a sum of two 16-bit numbers is exact: their halves can wait for the end
-    NARROW: tl.constexpr = weight.dtype.element_ty != tl.float32
+    NARROW: tl.constexpr = weight.dtype.element_ty != tl.float32 and TURNS == 0
     UNIT: tl.constexpr = 1.0 if NARROW else 0.5
     scales = ()
     for k in tl.static_range(4 * STAGE):
@@ -296,7 +330,7 @@ def _fast_stage_sums(
         r, c = _place(walk, BR, BC, BACK)
         walk = _next_chunk(walk)
         inside = _inside(r, c, rows, cols, BR, BC)
-        a11, a12, a21, a22 = _load_blocks(weight, layout, r_begin + r, c_begin + c, steps, inside, EVEN)
+        a11, a12, a21, a22 = _load_blocks(weight, layout, r_begin + r, c_begin + c, steps, inside, EVEN, TURNS)
         re_u, im_u, re_w, im_w = _fast_parts(a11, a12, a21, a22, UNIT)
         for t in tl.static_range(STAGE):
             re_u, im_u = _fast_residual(re_u, im_u, scales[4 * t], scales[4 * t + 1])
@@ -308,12 +342,12 @@ def _fast_stage_sums(
             is_u, is_w = is_u & inside, is_w & inside
             size_u, size_w = tl.where(inside, size_u, 0.0), tl.where(inside, size_w, 0.0)
         wide_u, wide_w = size_u.to(tl.float64), size_w.to(tl.float64)
-        sum_re_u += _own_sum(tl.where(is_u, wide_u, 0.0), OWN)
-        sum_im_u += _own_sum(tl.where(is_u, 0.0, wide_u), OWN)
-        sum_re_w += _own_sum(tl.where(is_w, wide_w, 0.0), OWN)
-        sum_im_w += _own_sum(tl.where(is_w, 0.0, wide_w), OWN)
-        real_u += _own_sum(is_u.to(tl.int32), OWN)
-        real_w += _own_sum(is_w.to(tl.int32), OWN)
+        sum_re_u += _own_sum(tl.where(is_u, wide_u, 0.0), OWN, TURNS)
+        sum_im_u += _own_sum(tl.where(is_u, 0.0, wide_u), OWN, TURNS)
+        sum_re_w += _own_sum(tl.where(is_w, wide_w, 0.0), OWN, TURNS)
+        sum_im_w += _own_sum(tl.where(is_w, 0.0, wide_w), OWN, TURNS)
+        real_u += _own_sum(is_u.to(tl.int32), OWN, TURNS)
+        real_w += _own_sum(is_w.to(tl.int32), OWN, TURNS)
     if NARROW:
         return sum_re_u * 0.5, sum_im_u * 0.5, sum_re_w * 0.5, sum_im_w * 0.5, real_u, real_w
     else:
@@ -359,8 +393,8 @@ def _store_four(scales, k, groups, group, four, inside, ROWS: tl.constexpr):
 def _write_chunks(
     weight, layout, dense, codes, m, plane, dense_down, rows, cols, r_begin, c_begin, walk, count, known,
     STAGES: tl.constexpr, MASTER: tl.constexpr, FROM_CODES: tl.constexpr, DENSE: tl.constexpr, CODES: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr, OWN: tl.constexpr, EVEN: tl.constexpr, BACK: tl.constexpr,
-    DEPTH: tl.constexpr, FAST: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, OWN: tl.constexpr, TURNS: tl.constexpr, EVEN: tl.constexpr,
+    BACK: tl.constexpr, DEPTH: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Write the results of chunks of a rectangle; FAST: return a sum of magnitudes, finite where the results hold."""
     steps = _steps(layout[0], layout[1], BR, BC)
@@ -376,10 +410,10 @@ def _write_chunks(
         if CODES or FROM_CODES:
             block = codes + (r.to(tl.int64) * m + c) + steps_codes
         if not FROM_CODES:
-            a11, a12, a21, a22 = _load_blocks(weight, layout, r, c, steps, inside, EVEN)
+            a11, a12, a21, a22 = _load_blocks(weight, layout, r, c, steps, inside, EVEN, TURNS)
             if FAST:
                 re_u, im_u, re_w, im_w = _fast_parts(a11, a12, a21, a22, 0.5)
-                size += _own_sum((tl.abs(a11) + tl.abs(a22)) + (tl.abs(a12) + tl.abs(a21)), OWN)
+                size += _own_sum((tl.abs(a11) + tl.abs(a22)) + (tl.abs(a12) + tl.abs(a21)), OWN, TURNS)
             else:
                 re_u, im_u, re_w, im_w = _parts(a11, a12, a21, a22)
         for t in tl.static_range(STAGES):
@@ -429,10 +463,10 @@ def _write_chunks(
         if DENSE:
             kind: tl.constexpr = dense.dtype.element_ty
             at = dense + (r.to(tl.int64) * (2 * m) + c) + steps_dense
-            _store(at, (out_re_u + out_re_w).to(MASTER).to(kind), inside, EVEN)
-            _store(at + m, (out_im_w - out_im_u).to(MASTER).to(kind), inside, EVEN)
-            _store(at + dense_down, (out_im_u + out_im_w).to(MASTER).to(kind), inside, EVEN)
-            _store(at + dense_down + m, (out_re_u - out_re_w).to(MASTER).to(kind), inside, EVEN)
+            _store(at, turn(out_re_u + out_re_w, TURNS).to(MASTER).to(kind), inside, EVEN)
+            _store(at + m, turn(out_im_w - out_im_u, TURNS).to(MASTER).to(kind), inside, EVEN)
+            _store(at + dense_down, turn(out_im_u + out_im_w, TURNS).to(MASTER).to(kind), inside, EVEN)
+            _store(at + dense_down + m, turn(out_re_u - out_re_w, TURNS).to(MASTER).to(kind), inside, EVEN)
     return size
 
 
@@ -440,7 +474,8 @@ def _write_chunks(
 def _write(
     weight, layout, dense, codes, m, plane, dense_down, rows, cols, r_begin, c_begin, walk, count, known,
     STAGES: tl.constexpr, MASTER: tl.constexpr, FROM_CODES: tl.constexpr, DENSE: tl.constexpr, CODES: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr, OWN: tl.constexpr, EVEN: tl.constexpr, BACK: tl.constexpr, DEPTH: tl.constexpr,
+    BR: tl.constexpr, BC: tl.constexpr, OWN: tl.constexpr, TURNS: tl.constexpr, EVEN: tl.constexpr,
+    BACK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Quantize chunks of a rectangle with known scales; write the dense weight, the block codes, or both.
 
@@ -448,7 +483,7 @@ def _write(
     """
     size = _write_chunks(
         weight, layout, dense, codes, m, plane, dense_down, rows, cols, r_begin, c_begin, walk, count, known,
-        STAGES, MASTER, FROM_CODES, DENSE, CODES, BR, BC, OWN, EVEN, BACK, DEPTH, True,
+        STAGES, MASTER, FROM_CODES, DENSE, CODES, BR, BC, OWN, TURNS, EVEN, BACK, DEPTH, True,
     )  # fmt: skip
     if not FROM_CODES:
         total = tl.sum(size)
@@ -457,7 +492,7 @@ def _write(
         if not _finite(total):
             _write_chunks(
                 weight, layout, dense, codes, m, plane, dense_down, rows, cols, r_begin, c_begin, walk, count, known,
-                STAGES, MASTER, False, DENSE, CODES, BR, BC, OWN, EVEN, BACK, 1, False,
+                STAGES, MASTER, False, DENSE, CODES, BR, BC, OWN, TURNS, EVEN, BACK, 1, False,
             )  # fmt: skip
 
 
@@ -474,7 +509,7 @@ def _rectangle(n, m, height, width, program):
 def sum_stage_of_tensor(
     weight, scales, partials, n, m, row_stride, col_stride, down, right, entries,
     STAGE: tl.constexpr, PROGRAMS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, OWN: tl.constexpr,
-    EVEN: tl.constexpr, BACK: tl.constexpr, DEPTH: tl.constexpr,
+    TURNS: tl.constexpr, EVEN: tl.constexpr, BACK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Sum the magnitudes of stage STAGE: partials (T, 6, programs) float64; write the scales of the stage before."""
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -488,13 +523,13 @@ def sum_stage_of_tensor(
             _store_four(scales, 4 * (STAGE - 1), 1, 0, last, True, False)
         known = known + last
     sums = _sum_six(
-        _fast_stage_sums(weight, layout, n, m, 0, 0, walk, count, known, STAGE, BR, BC, OWN, EVEN, BACK, DEPTH)
+        _fast_stage_sums(weight, layout, n, m, 0, 0, walk, count, known, STAGE, BR, BC, OWN, TURNS, EVEN, BACK, DEPTH)
     )
     total = sums[0] + sums[1] + sums[2] + sums[3]
     for k in tl.static_range(4 * STAGE):
         total += known[k]
     if not _finite(total):
-        sums = _sum_six(_stage_sums(weight, layout, n, m, 0, 0, walk, count, known, STAGE, BR, BC, OWN, BACK))
+        sums = _sum_six(_stage_sums(weight, layout, n, m, 0, 0, walk, count, known, STAGE, BR, BC, OWN, TURNS, BACK))
     at = partials + STAGE * 6 * programs + program
     for i in tl.static_range(6):
         tl.store(at + i * programs, sums[i].to(tl.float64))
@@ -506,7 +541,7 @@ def write_tensor(
     summed,
     STAGES: tl.constexpr, MEAN: tl.constexpr, MASTER: tl.constexpr, FROM_CODES: tl.constexpr, DENSE: tl.constexpr,
     CODES: tl.constexpr, PROGRAMS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, OWN: tl.constexpr,
-    EVEN: tl.constexpr, BACK: tl.constexpr, DEPTH: tl.constexpr,
+    TURNS: tl.constexpr, EVEN: tl.constexpr, BACK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Write the results where all entries share their scales; MEAN adds up the last stage's ``summed`` partials."""
     program = tl.program_id(0)
@@ -522,7 +557,7 @@ def write_tensor(
     layout = (row_stride, col_stride, down, right)
     _write(
         weight, layout, dense, codes, m, plane, dense_down, n, m, 0, 0, walk, count, known,
-        STAGES, MASTER, FROM_CODES, DENSE, CODES, BR, BC, OWN, EVEN, BACK, DEPTH,
+        STAGES, MASTER, FROM_CODES, DENSE, CODES, BR, BC, OWN, TURNS, EVEN, BACK, DEPTH,
     )  # fmt: skip
 
 
@@ -531,7 +566,7 @@ def write_groups(
     weight, scales, dense, codes, n, m, row_stride, col_stride, down, right, plane, dense_down, height, width, groups,
     STAGES: tl.constexpr, ROWS: tl.constexpr, MEAN: tl.constexpr, MASTER: tl.constexpr, FROM_CODES: tl.constexpr,
     DENSE: tl.constexpr, CODES: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, OWN: tl.constexpr,
-    EVEN: tl.constexpr, DEPTH: tl.constexpr,
+    TURNS: tl.constexpr, EVEN: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Write the results where rows (ROWS: BR = height) or tiles have scales of their own; MEAN makes the scales too."""
     program = tl.program_id(0)
@@ -549,7 +584,7 @@ def write_groups(
         for t in tl.static_range(STAGES):
             sum_re_u, sum_im_u, sum_re_w, sum_im_w, real_u, real_w = _stage_sums(
                 weight, layout, r_end - r_begin, c_end - c_begin, r_begin, c_begin, walk, count, known,
-                t, BR, BC, OWN, False,
+                t, BR, BC, OWN, TURNS, False,
             )  # fmt: skip
             count_u = _group_sum(real_u, ROWS).to(tl.float64)
             count_w = _group_sum(real_w, ROWS).to(tl.float64)
@@ -566,7 +601,7 @@ def write_groups(
         known = _load_scales(scales, groups, group, mine, STAGES, ROWS)
     _write(
         weight, layout, dense, codes, m, plane, dense_down, r_end - r_begin, c_end - c_begin, r_begin, c_begin,
-        walk, count, known, STAGES, MASTER, FROM_CODES, DENSE, CODES, BR, BC, OWN, EVEN, False, DEPTH,
+        walk, count, known, STAGES, MASTER, FROM_CODES, DENSE, CODES, BR, BC, OWN, TURNS, EVEN, False, DEPTH,
     )  # fmt: skip
 
 
@@ -575,7 +610,7 @@ def sum_scale_gradients(
     grad, weight, codes, scales, sums, n, m, grad_row_stride, grad_col_stride, grad_down, grad_right,
     row_stride, col_stride, down, right, plane, height, width, groups,
     STAGES: tl.constexpr, ROWS: tl.constexpr, SHARED: tl.constexpr, FROM_CODES: tl.constexpr, BR: tl.constexpr,
-    BC: tl.constexpr, OWN: tl.constexpr,
+    BC: tl.constexpr, OWN: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
     """Sum gradient times unit: sums (4 T, groups), in the order of the scales. SHARED: a column for each program."""
     group = tl.program_id(0)
@@ -603,10 +638,10 @@ def sum_scale_gradients(
         inside = _inside(r, c, r_end - r_begin, c_end - c_begin, BR, BC)
         r += r_begin
         c += c_begin
-        g11, g12, g21, g22 = _load_blocks(grad, grad_layout, r, c, grad_steps, inside, False)
+        g11, g12, g21, g22 = _load_blocks(grad, grad_layout, r, c, grad_steps, inside, False, TURNS)
         grad_re_u, grad_im_u, grad_re_w, grad_im_w = g11 + g22, g21 - g12, g11 - g22, g12 + g21
         if not FROM_CODES:
-            a11, a12, a21, a22 = _load_blocks(weight, layout, r, c, steps, inside, False)
+            a11, a12, a21, a22 = _load_blocks(weight, layout, r, c, steps, inside, False, TURNS)
             re_u, im_u, re_w, im_w = _parts(a11, a12, a21, a22)
         more = ()
         for t in tl.static_range(STAGES):
@@ -628,7 +663,8 @@ def sum_scale_gradients(
                     im_w -= known[4 * t + 3] * unit_im_w
             products = (grad_re_u * unit_re_u, grad_im_u * unit_im_u, grad_re_w * unit_re_w, grad_im_w * unit_im_w)
             for i in tl.static_range(4):
-                more = more + (totals[4 * t + i] + _own_sum(products[i].to(tl.float64), OWN),)  # noqa: RUF005
+                own = _own_sum(products[i].to(tl.float64), OWN, 0 if FROM_CODES else TURNS)
+                more = more + (totals[4 * t + i] + own,)  # noqa: RUF005
         totals = more
     for k in tl.static_range(4 * STAGES):
         if ROWS:

@@ -46,14 +46,34 @@ class Plan(NamedTuple):
         return options
 
 
-def _plan(n: int, m: int, granularity: str, tile: int, what: str, stages: int, turned: bool) -> Plan:
+def turns(width: int) -> int:
+    """Return the steps of a rotation of blocks of this width, a power of two."""
+    return width.bit_length() - 1
+
+
+TURNING = INTERPRETED  # whether kernels rotate on their way: on a GPU not before they have been measured there
+
+
+def rotates(m: int, width: int, granularity: str, tile: int, *matrices: Tensor) -> bool:
+    """Return whether the kernels rotate such matrices on their way: no block is in two quarters or rectangles."""
+    whole = m % width == 0 and (granularity != "tile" or tile % width == 0)
+    return TURNING and whole and all(matrix.stride(1) == 1 for matrix in matrices)
+
+
+def _plan(n: int, m: int, granularity: str, tile: int, what: str, stages: int, turned: bool, width: int) -> Plan:
     """Return how to launch a kernel. Whole chunks, where that is possible, need no masks.
 
     Args:
         what: "sums" of a stage, "write" with given or found scales, "both" in one kernel, write from "codes", or sum a
             gradient, "grad".
         turned: columns are contiguous, not rows.
+        width: of the blocks to rotate, 1 where none are; chunks are of whole blocks.
     """
+    if width > 1:  # 256 entries a warp: see `phase.turn`
+        most = 1024 if granularity == "tensor" else 256
+        cols = min(power(min(tile, m) if granularity == "tile" else m), most)
+        depth = 2 if what == "write" and granularity == "row" and m > cols else 1
+        return Plan(min(power(n), most // cols), cols, most // 256, depth=depth)
     if granularity == "tile" or turned or what == "grad":
         most, rows, cols = 512 if what == "grad" else 2048, 1, 1
         if granularity == "tile":
@@ -147,8 +167,8 @@ def _programs(n: int, m: int, plan: Plan) -> int:
     return min(triton.cdiv(n, plan.rows) * triton.cdiv(m, plan.cols), plan.programs)
 
 
-def _chunk(plan: Plan) -> dict[str, int]:
-    return {"BR": plan.rows, "BC": plan.cols, "OWN": min(plan.cols, 8)}
+def _chunk(plan: Plan, width: int) -> dict[str, int]:
+    return {"BR": plan.rows, "BC": plan.cols, "OWN": min(plan.cols, 8), "TURNS": turns(width)}
 
 
 def _even(plan: Plan, height: int, width: int) -> bool:
@@ -157,12 +177,14 @@ def _even(plan: Plan, height: int, width: int) -> bool:
 
 
 @functools.cache
-def _sums(make: Any, layout: tuple[int, ...], stages: int, kinds: tuple[Any, ...]) -> tuple[int, list[Launch]]:
+def _sums(
+    make: Any, layout: tuple[int, ...], stages: int, width: int, kinds: tuple[Any, ...]
+) -> tuple[int, list[Launch]]:
     """Return how many programs sum up the stages, and their launches. ``make``: what makes plans."""
     n, m, row, col, *_ = layout
-    plan = make(n, m, "tensor", 0, "sums", stages, row < col)
+    plan = make(n, m, "tensor", 0, "sums", stages, row < col, width)
     programs = _programs(n, m, plan)
-    constants = {**_chunk(plan), "PROGRAMS": power(programs), "EVEN": _even(plan, n, m), "DEPTH": plan.depth}
+    constants = {**_chunk(plan, width), "PROGRAMS": power(programs), "EVEN": _even(plan, n, m), "DEPTH": plan.depth}
     numbers = (*layout, n * m)
     return programs, [
         Launch(
@@ -184,6 +206,7 @@ def _writes(
     stages: int,
     granularity: str,
     tile: int,
+    width: int,
     summed: int,
     mean: bool,
     master: torch.dtype,
@@ -193,10 +216,10 @@ def _writes(
     n, m, row, col, *_ = layout
     _, same, weight, _, dense, codes = kinds
     what = "codes" if weight is None else "both" if mean and granularity != "tensor" else "write"
-    plan = make(n, m, granularity, tile, what, stages, row < col)
+    plan = make(n, m, granularity, tile, what, stages, row < col, width)
     numbers = (*layout, n * m, 2 * n * m)
     constants = {
-        **_chunk(plan),
+        **_chunk(plan, width),
         "STAGES": stages,
         "MEAN": mean,
         "MASTER": MASTERS[master],
@@ -208,11 +231,11 @@ def _writes(
     if granularity == "tensor":
         constants |= {"PROGRAMS": power(summed), "EVEN": _even(plan, n, m), "BACK": True}
         return Launch(phase.write_tensor, _programs(n, m, plan), (*numbers, n * m, summed), constants, plan, same)
-    height, width, programs = _rectangles(n, m, granularity, tile, plan)
+    height, across, programs = _rectangles(n, m, granularity, tile, plan)
     groups = n if granularity == "row" else programs
-    whole = n % height == 0 and m % width == 0 and _even(plan, height, width)
+    whole = n % height == 0 and m % across == 0 and _even(plan, height, across)
     constants |= {"ROWS": granularity == "row", "EVEN": whole}
-    return Launch(phase.write_groups, programs, (*numbers, height, width, groups), constants, plan, same)
+    return Launch(phase.write_groups, programs, (*numbers, height, across, groups), constants, plan, same)
 
 
 @functools.cache
@@ -223,25 +246,26 @@ def _gradients(
     stages: int,
     granularity: str,
     tile: int,
+    width: int,
     kinds: tuple[Any, ...],
 ) -> tuple[int, Launch]:
     """Return how many programs sum up the gradient of scales, and the launch; ``kinds``: of grad, weight, codes ..."""
     n, m, row, col, *_ = layout
-    plan = make(n, m, granularity, tile, "grad", stages, row < col)
+    plan = make(n, m, granularity, tile, "grad", stages, row < col, width)
     if shared := granularity == "tensor":
-        height, width, programs = n, m, _programs(n, m, plan)
+        height, across, programs = n, m, _programs(n, m, plan)
     else:
-        height, width, programs = _rectangles(n, m, granularity, tile, plan)
+        height, across, programs = _rectangles(n, m, granularity, tile, plan)
     groups = n if granularity == "row" else programs
     grad_layout = _layout((2 * n, 2 * m), grad_strides)
     constants = {
-        **_chunk(plan),
+        **_chunk(plan, width),
         "STAGES": stages,
         "ROWS": granularity == "row",
         "SHARED": shared,
         "FROM_CODES": kinds[4] is not None,
     }
-    numbers = (*grad_layout, *layout[2:], n * m, height, width, groups)
+    numbers = (*grad_layout, *layout[2:], n * m, height, across, groups)
     return programs, Launch(phase.sum_scale_gradients, programs, numbers, constants, plan, kinds[1])
 
 
@@ -255,6 +279,7 @@ def _write(
     stages: int,
     granularity: str,
     tile: int,
+    width: int,
     mean: bool,
     master: torch.dtype,
 ) -> None:
@@ -262,23 +287,23 @@ def _write(
     if INTERPRETED and dense is not None and not (dense.dtype == master == torch.float32):
         wide = torch.empty_like(dense, dtype=torch.float32)
         _write(
-            weight, scales, partials, wide, codes, layout, stages, granularity, tile, mean, torch.float32
+            weight, scales, partials, wide, codes, layout, stages, granularity, tile, width, mean, torch.float32
         )  # fmt: skip
         dense.copy_(wide.to(master))
         return
     kinds = _kinds(weight, scales, dense, codes)
     summed = 1 if partials is None else partials.shape[-1]
-    launch = _writes(_plan, layout, stages, granularity, tile, summed, mean, master, kinds)
+    launch = _writes(_plan, layout, stages, granularity, tile, width, summed, mean, master, kinds)
     if granularity == "tensor":
         launch(weight, scales, partials, dense, codes)
     else:
         launch(weight, scales, dense, codes)
 
 
-def sum_stages(weight: Tensor, scales: Tensor) -> Tensor:
+def sum_stages(weight: Tensor, scales: Tensor, width: int = 1) -> Tensor:
     """Launch the sums of all stages where one scale is of all entries; they leave the scales of the last stage open."""
     layout, stages = _layout(weight.shape, weight.stride()), scales.shape[0]
-    programs, launches = _sums(_plan, layout, stages, _kinds(weight, scales))
+    programs, launches = _sums(_plan, layout, stages, width, _kinds(weight, scales))
     partials = torch.empty((stages, 6, programs), dtype=torch.float64, device=weight.device)
     for launch in launches:
         launch(weight, scales, partials)
@@ -294,6 +319,7 @@ def quantize(
     stages: int,
     granularity: str,
     tile: int,
+    width: int,
     mean: bool,
 ) -> None:
     """Write the dense quantized weight, the block codes, or both; with ``mean`` the scales too.
@@ -302,11 +328,13 @@ def quantize(
         weight: (2n, 2m), any strides.
         scales: (T, 2, 2, *group), contiguous; read, of any floating dtype, or with ``mean`` written, float32.
         dense: (2n, 2m), contiguous, any floating dtype, or None.
+        width: of the blocks to rotate, see :func:`rotates`; 1 where none are. Codes and scales are of the rotated
+            weight, the dense weight is turned back.
         codes: uint8 (ceil(T/2), n, m), contiguous, or None.
     """
     layout = _layout(weight.shape, weight.stride())
-    partials = sum_stages(weight, scales) if mean and granularity == "tensor" else None
-    _write(weight, scales, partials, dense, codes, layout, stages, granularity, tile, mean, weight.dtype)
+    partials = sum_stages(weight, scales, width) if mean and granularity == "tensor" else None
+    _write(weight, scales, partials, dense, codes, layout, stages, granularity, tile, width, mean, weight.dtype)
 
 
 def dequantize(
@@ -317,20 +345,29 @@ def dequantize(
     stages: int,
     granularity: str,
     tile: int,
+    width: int,
     master: torch.dtype,
 ) -> None:
     """Write the dense weight of block codes, rounded to ``master`` and then to its own dtype."""
     layout = (codes.shape[-2], codes.shape[-1], 0, 0, 0, 0)
-    _write(None, scales, None, dense, codes, layout, stages, granularity, tile, False, master)
+    _write(None, scales, None, dense, codes, layout, stages, granularity, tile, width, False, master)
 
 
 def scale_gradient(
-    grad: Tensor, weight: Tensor, codes: Tensor | None, scales: Tensor, *, stages: int, granularity: str, tile: int
+    grad: Tensor,
+    weight: Tensor,
+    codes: Tensor | None,
+    scales: Tensor,
+    *,
+    stages: int,
+    granularity: str,
+    tile: int,
+    width: int,
 ) -> Tensor:
     """Return the gradient of the scales, float32 and of their shape; from block codes where they are given."""
     layout = _layout(weight.shape, weight.stride())
     kinds = _kinds(grad, weight, codes, scales)
-    programs, launch = _gradients(_plan, layout, grad.stride(), stages, granularity, tile, kinds)
+    programs, launch = _gradients(_plan, layout, grad.stride(), stages, granularity, tile, width, kinds)
     if granularity == "tensor":
         sums = torch.empty((4 * stages, programs), dtype=torch.float64, device=grad.device)
         launch(grad, weight, codes, scales, sums)
