@@ -35,6 +35,7 @@ from ..loading import (
 )
 from ..qat import QATLinear
 from ..reuse import Kept, Reuse, reuse_quantized
+from .anneal import Anneal
 from .callbacks import LogLines, StopAndSave
 from .checkpoints import STATE, WholeCheckpoints, checkpoints, last_checkpoint
 from .data import TokenBlocks, tokenize_documents
@@ -154,6 +155,13 @@ class QATTrainingArguments(TrainingArguments):
     scale_learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of learned scales. Default: a quarter of learning_rate."}
     )
+    anneal: float = field(
+        default=0.0,
+        metadata={
+            "help": "Part of the steps, from the first on, over which the forward goes from the unquantized weights to "
+            "the quantized ones, 0 to 1 (try 0.25)."
+        },
+    )
     lr_schedule: str | None = field(
         default=None,
         metadata={
@@ -193,6 +201,8 @@ class QATTrainingArguments(TrainingArguments):
             self.bf16 = able and not self.fp16
         elif not self.bf16 and os.environ.get(PRECISION) == "bf16":
             os.environ[PRECISION] = "no"  # the flag wins over the file of `accelerate launch`, which has put it there
+        if not 0 <= self.anneal <= 1:
+            raise ValueError(f"--anneal {self.anneal} is no part of the steps; it is from 0 to 1")
         if self.lr_schedule:
             parse_schedule(self.lr_schedule)
             if self.warmup_steps:
@@ -280,11 +290,17 @@ class QATTrainer(MonitoredTrainer, WholeCheckpoints, HeldOutLoss):
             self.model_accepts_loss_kwargs = True  # the sum is divided by the tokens of all accumulated batches
 
         self._small: bool | None = None  # not known yet
+        part = getattr(self.args, "anneal", 0.0)  # plain TrainingArguments do not have it
+        self._anneal = Anneal(self._plain_model(), part)
+        if part:
+            self.add_callback(self._anneal)
         self._reuse: Any = None
         self._open = False  # the scope of it: from the first to the last micro-batch of a step
 
     def _kept(self, steps: bool) -> Kept | None:
         """Return how to keep quantized weights over the micro-batches of a step, or over an evaluation; None: not."""
+        if steps and self._anneal.active:  # what they multiply with is not the quantized weight
+            return None
         asked = getattr(self.args, "reuse_quantized", "auto")
         if self.is_deepspeed_enabled or self.args.n_gpu > 1:  # weights in parts; replicas on other devices
             return None
@@ -313,6 +329,8 @@ class QATTrainer(MonitoredTrainer, WholeCheckpoints, HeldOutLoss):
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Do a micro-batch, with weights quantized in the first one of the step; the last one lets go of them."""
+        if self._anneal.active:
+            self._lowest = float("-inf")  # the loss climbs from that of the unquantized model: no divergence
         if self._open:
             self._reuse.refresh_all()
         elif (kept := self._kept(steps=True)) is not None:
