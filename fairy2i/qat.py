@@ -112,18 +112,29 @@ def _lsq_root(scheme: Scheme, shape: torch.Size, scales: Tensor) -> float:
     return math.sqrt(math.prod(scheme.code_shape(*shape)) / scales.numel())
 
 
-def gradient_of_scales(scheme: Scheme, grad: Tensor, kept: Tensor, scales: Tensor) -> Tensor:
+def gradient_of_scales(
+    scheme: Scheme,
+    grad: Tensor,
+    scales: Tensor,
+    *,
+    weight: Tensor | None = None,
+    kept: Tensor | None = None,
+    codes: Tensor | None = None,
+) -> Tensor:
     """Return the gradient of learned scales, float32 and shaped as they are.
 
     Args:
         grad: the gradient of the dense quantized weight, (out, in).
-        kept: the codes, as :func:`quantize_to_keep` returns them.
         scales: shaped as the scheme says.
+        weight: the master weight, (out, in), where neither of the others is given.
+        kept: the codes, as :func:`quantize_to_keep` returns them.
+        codes: the codes, as :meth:`Scheme.quantize` returns them.
     """
-    if _fused(scheme, grad):
-        found = torch.ops.fairy2i.phase_scale_gradient(grad, grad, kept, scales, *_settings(scheme))
+    if codes is None and _fused(scheme, grad):
+        some = grad if weight is None else weight  # of codes only the shape is asked
+        found = torch.ops.fairy2i.phase_scale_gradient(grad, some, kept, scales, *_settings(scheme))
     else:
-        found = scheme.scale_gradient(grad, _codes(scheme, None, scales, kept)[0])
+        found = scheme.scale_gradient(grad, _codes(scheme, weight, scales, kept)[0] if codes is None else codes)
     return found / _lsq_root(scheme, grad.shape, scales)
 
 
@@ -190,15 +201,9 @@ class _QuantizedLinear(torch.autograd.Function):
             grad_dense = rows.mT @ x.reshape(-1, x.shape[-1])
             if need_weight:
                 grad_weight = grad_dense.to(ctx.master)
-            if need_scales and blocks is not None:
-                grad_scales = gradient_of_scales(scheme, grad_dense, blocks, scales).to(ctx.scale_dtype)
-            elif need_scales:
-                if codes is None:
-                    some = grad_dense, weight, None, scales
-                    grad_scales = torch.ops.fairy2i.phase_scale_gradient(*some, *_settings(scheme))
-                else:
-                    grad_scales = scheme.scale_gradient(grad_dense, codes)
-                grad_scales = (grad_scales / _lsq_root(scheme, grad_dense.shape, scales)).to(ctx.scale_dtype)
+            if need_scales:
+                found = gradient_of_scales(scheme, grad_dense, scales, weight=weight, kept=blocks, codes=codes)
+                grad_scales = found.to(ctx.scale_dtype)
         if need_bias:
             grad_bias = rows.sum(0).to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_scales, None, grad_bias, None, None, None, None
@@ -221,13 +226,7 @@ class _QuantizedWeight(torch.autograd.Function):
         weight, scales = ctx.saved_tensors
         grad_scales = None
         if ctx.needs_input_grad[1]:
-            scheme = ctx.scheme
-            if _fused(scheme, weight):
-                some = grad, weight, None, scales
-                grad_scales = torch.ops.fairy2i.phase_scale_gradient(*some, *_settings(scheme))
-            else:
-                grad_scales = scheme.scale_gradient(grad, scheme.quantize(weight, scales)[0])
-            grad_scales = (grad_scales / _lsq_root(scheme, grad.shape, scales)).to(ctx.scale_dtype)
+            grad_scales = gradient_of_scales(ctx.scheme, grad, scales, weight=weight).to(ctx.scale_dtype)
         return grad, grad_scales, None, None
 
 

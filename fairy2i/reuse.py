@@ -127,7 +127,7 @@ class Reuse:
         def gradients(of: list[Tensor]) -> list[Tensor]:
             triples = zip(layers, of, kept, strict=True)
             turned = ((one, grad.T if one.fan_in_fan_out else grad, codes) for one, grad, codes in triples)
-            return [gradient_of_scales(one.scheme, grad, codes, _scales_of(one)) for one, grad, codes in turned]
+            return [gradient_of_scales(one.scheme, grad, _scales_of(one), kept=codes) for one, grad, codes in turned]
 
         found = None
         if self._graph is not None and _on_gpu(layers):

@@ -10,7 +10,6 @@ FAIRY2I_TRAINING_BACKEND=torch, or :func:`set_backend`, turns the kernels off; "
 Triton's interpreter (TRITON_INTERPRET=1) runs them on the processor.
 """
 
-import contextlib
 import importlib.util
 import os
 from typing import Any, Literal
@@ -63,15 +62,6 @@ def fused(weight: Tensor, stages: int, dtype: torch.dtype | None = None) -> bool
     return stages <= MOST_STAGES and has_kernels(weight.device, dtype or weight.dtype)
 
 
-_HERE = contextlib.nullcontext()
-
-
-def _on_device(tensor: Tensor) -> Any:
-    """Return a context in which kernels are launched where the tensor is: nothing, if that is the current device."""
-    here = not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device()
-    return _HERE if here else on_device(tensor)
-
-
 def clamped(scales: Tensor) -> Tensor:
     """Return given scales as the quantizer takes them: a copy, at least the least."""
     return scales.float().clamp(min=SCALE_MIN)
@@ -107,6 +97,14 @@ def _turned(
     return run(matrix, width, master, dtype or master)
 
 
+def _widths(m: int, rotation: int, granularity: Granularity, tile: int, *matrices: Tensor) -> tuple[int, int]:
+    """Return the width of the blocks that a kernel of its own rotates, and that the others do on their way; 1: none."""
+    from .triton.quantize import rotates
+
+    width = block_width(2 * m, rotation)
+    return (1, width) if rotates(m, width, granularity, tile, *matrices) else (width, 1)
+
+
 def _outputs(weight: Tensor, stages: int, dtype: torch.dtype | None, codes: bool) -> tuple[Tensor, Tensor]:
     rows, cols = weight.shape
     dense = weight.new_empty((rows, cols) if dtype is not None else (0,), dtype=dtype or weight.dtype)
@@ -133,23 +131,22 @@ def _quantize(
         if dtype is not None:
             dense = _dequantize(found, used, granularity, tile, rotation, master, dtype)
         return dense, used, to_blocks(found) if codes else blocks
-    from .triton.quantize import quantize, rotates
+    from .triton.quantize import quantize
 
-    width = block_width(weight.shape[1], rotation)
-    apart = not rotates(weight.shape[1] // 2, width, granularity, tile, weight) and width > 1
-    made = torch.float32 if apart and dtype is not None else dtype
-    with _on_device(weight):
-        weight = _turned(weight, width) if apart else weight
+    apart, width = _widths(weight.shape[1] // 2, rotation, granularity, tile, weight)
+    made = torch.float32 if apart > 1 and dtype is not None else dtype
+    with on_device(weight):
+        weight = _turned(weight, apart) if apart > 1 else weight
         if mean := scales is None:
             dense, used, blocks = _fake_mean(weight, stages, granularity, tile, rotation, made, codes)
         else:
             dense, blocks = _outputs(weight, stages, made, codes)
             used = scales.contiguous()
         given = (None if dtype is None else dense, blocks if codes else None)
-        how: Any = {"stages": stages, "granularity": granularity, "tile": tile, "width": 1 if apart else width}
+        how: Any = {"stages": stages, "granularity": granularity, "tile": tile, "width": width}
         quantize(weight, used, *given, **how, mean=mean)
-        if apart and dtype is not None:
-            dense = _turned(dense, width, master, dtype)
+        if apart > 1 and dtype is not None:
+            dense = _turned(dense, apart, master, dtype)
     return dense if dtype is not None else dense.to(master), used, blocks
 
 
@@ -239,17 +236,15 @@ def _dequantize_blocks(
 ) -> Tensor:
     if not fused(blocks, stages, master):
         return _dequantize(from_blocks(blocks, stages), scales, granularity, tile, rotation, master, dtype)
-    from .triton.quantize import dequantize, rotates
+    from .triton.quantize import dequantize
 
-    m = blocks.shape[-1]
-    width = block_width(2 * m, rotation)
-    apart = not rotates(m, width, granularity, tile) and width > 1
-    first, last = (torch.float32, torch.float32) if apart else (master, dtype)
+    apart, width = _widths(blocks.shape[-1], rotation, granularity, tile)
+    first, last = (torch.float32, torch.float32) if apart > 1 else (master, dtype)
     dense = _fake_blocks(blocks, scales, stages, granularity, tile, rotation, first, last, after)
-    how: Any = {"stages": stages, "granularity": granularity, "tile": tile, "width": 1 if apart else width}
-    with _on_device(blocks):
+    how: Any = {"stages": stages, "granularity": granularity, "tile": tile, "width": width}
+    with on_device(blocks):
         dequantize(blocks, scales, dense, **how, master=first)
-        return _turned(dense, width, master, dtype) if apart else dense
+        return _turned(dense, apart, master, dtype) if apart > 1 else dense
 
 
 def _fake_blocks(
@@ -284,15 +279,14 @@ def _scale_gradient(
         else:
             codes = from_blocks(blocks, stages)
         return phase_scale_gradient(_rotated(grad, rotation), codes, **settings)
-    from .triton.quantize import rotates, scale_gradient
+    from .triton.quantize import scale_gradient
 
-    width = block_width(weight.shape[1], rotation)
-    apart = not rotates(weight.shape[1] // 2, width, granularity, tile, grad, weight) and width > 1
-    how: Any = {"stages": stages, "granularity": granularity, "tile": tile, "width": 1 if apart else width}
-    with _on_device(weight):
-        if apart:
-            grad = _turned(grad, width)
-            weight = _turned(weight, width) if blocks is None else grad  # only its shape counts beside codes
+    apart, width = _widths(weight.shape[1] // 2, rotation, granularity, tile, grad, weight)
+    how: Any = {"stages": stages, "granularity": granularity, "tile": tile, "width": width}
+    with on_device(weight):
+        if apart > 1:
+            grad = _turned(grad, apart)
+            weight = _turned(weight, apart) if blocks is None else grad  # only its shape counts beside codes
         return scale_gradient(grad, weight, blocks, scales.contiguous(), **how)
 
 

@@ -12,6 +12,10 @@ def power(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
+_HERE = contextlib.nullcontext()
+
+
 def on_device(tensor: Tensor) -> Any:
-    """Return a context in which kernels are launched where the tensor is."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    """Return a context in which kernels are launched where the tensor is: nothing, if that is the current device."""
+    here = not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device()
+    return _HERE if here else torch.cuda.device(tensor.device)
