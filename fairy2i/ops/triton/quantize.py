@@ -51,13 +51,10 @@ def turns(width: int) -> int:
     return width.bit_length() - 1
 
 
-TURNING = INTERPRETED  # whether kernels rotate on their way: on a GPU not before they have been measured there
-
-
 def rotates(m: int, width: int, granularity: str, tile: int, *matrices: Tensor) -> bool:
     """Return whether the kernels rotate such matrices on their way: no block is in two quarters or rectangles."""
     whole = m % width == 0 and (granularity != "tile" or tile % width == 0)
-    return TURNING and whole and all(matrix.stride(1) == 1 for matrix in matrices)
+    return whole and all(matrix.stride(1) == 1 for matrix in matrices)
 
 
 def _plan(n: int, m: int, granularity: str, tile: int, what: str, stages: int, turned: bool, width: int) -> Plan:
