@@ -6,6 +6,7 @@ import fnmatch
 import itertools
 import json
 import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ from ..reuse import Kept, Reuse, reuse_quantized
 from .anneal import Anneal
 from .callbacks import LogLines, StopAndSave
 from .checkpoints import STATE, WholeCheckpoints, checkpoints, last_checkpoint
+from .dampen import Dampen
 from .data import TokenBlocks, tokenize_documents
 from .heldout import HeldOutLoss
 from .monitor import MonitoredTrainer
@@ -162,6 +164,13 @@ class QATTrainingArguments(TrainingArguments):
             "the quantized ones, 0 to 1 (try 0.25)."
         },
     )
+    dampen: float = field(
+        default=0.0,
+        metadata={
+            "help": "Pull weights to their quantized values behind each step, by the learning rate times this times "
+            "the part of the steps that is done (try 5, at two stages and more)."
+        },
+    )
     lr_schedule: str | None = field(
         default=None,
         metadata={
@@ -203,6 +212,10 @@ class QATTrainingArguments(TrainingArguments):
             os.environ[PRECISION] = "no"  # the flag wins over the file of `accelerate launch`, which has put it there
         if not 0 <= self.anneal <= 1:
             raise ValueError(f"--anneal {self.anneal} is no part of the steps; it is from 0 to 1")
+        if not 0 <= self.dampen < math.inf:
+            raise ValueError(f"--dampen {self.dampen} would push weights away; it is 0 or more")
+        if self.dampen and _is_sharded(self):
+            raise ValueError("--dampen needs whole weights; leave it out with FSDP and DeepSpeed")
         if self.lr_schedule:
             parse_schedule(self.lr_schedule)
             if self.warmup_steps:
@@ -294,6 +307,8 @@ class QATTrainer(MonitoredTrainer, WholeCheckpoints, HeldOutLoss):
         self._anneal = Anneal(self._plain_model(), part)
         if part:
             self.add_callback(self._anneal)
+        if strength := getattr(self.args, "dampen", 0.0):
+            self.add_callback(Dampen(self._plain_model(), strength))
         self._reuse: Any = None
         self._open = False  # the scope of it: from the first to the last micro-batch of a step
 
