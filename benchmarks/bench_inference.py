@@ -12,7 +12,8 @@ work and the clock meet all of them; times are medians over the rounds with the 
 what a copy moves in the same run, counting both directions; launch_us is a kernel that does nothing. The model decodes
 greedily from a prompt of 128 tokens, with a static cache and `torch.compile(mode="reduce-overhead")` of the whole
 model, ours and nn.Linear alike. --check and --tune use several processes, as most of their time is waiting for the
-compiler. --tune ends with lines for `TUNED` of ops/triton/multiply.py and with `Thresholds` of ops/gpu.py.
+compiler. --tune ends with lines for `TUNED` of ops/triton/multiply.py and ops/cuda/decode.py, and with `Thresholds` of
+ops/gpu.py.
 """
 
 import argparse
@@ -74,10 +75,14 @@ def summary(values: list[float], digits: int = 2) -> dict[str, float]:
 
 
 class Timer:
-    """Times calls in microseconds: a CUDA graph by events, or on the processor by the clock."""
+    """Times calls in microseconds: a CUDA graph by events, or on the processor by the clock.
+
+    It keeps the call, and so what the call refers to: a graph has no more than addresses, and the capture of the next
+    one gives memory that nobody holds back to the driver.
+    """
 
     def __init__(self, call: Callable[[], Any], count: int, device: str) -> None:
-        self.count, self.cuda, self.call = count, device == "cuda", call
+        self.count, self.cuda, self.call, self.kept = count, device == "cuda", call, call
         if self.cuda:
             side = torch.cuda.Stream()
             with torch.cuda.stream(side):
@@ -218,6 +223,8 @@ def measure_kernels(args: argparse.Namespace) -> dict[str, Any]:
         for kind, scheme in KINDS.items():
             if kind.startswith("W2") or tokens in FEW:
                 calls[kind] = packed_call(scheme, shape, x, None)
+        if tokens <= gpu.THRESHOLDS.decode and gpu.why_no_cuda() is None:
+            calls["W2 planes"] = packed_call(KINDS["W2"], shape, x, "planes")
         if 16 <= tokens:
             calls |= {f"W2 {way}": packed_call(KINDS["W2"], shape, x, way) for way in ways(tokens)}
         if tokens in FEW and args.device == "cuda":
@@ -250,7 +257,8 @@ def measure_kernels(args: argparse.Namespace) -> dict[str, Any]:
 
 def ways(tokens: int) -> list[str]:
     """Return the ways that are worth a try for so many tokens."""
-    return [*(["planes", "blocks"] if tokens <= 64 else []), "wide", "dense"]
+    wide = ["wide"] if gpu.why_no_cuda("wide") is None else []
+    return [*(["planes", "blocks"] if tokens <= 64 else []), *wide, "dense"]
 
 
 def candidates(tokens: int) -> Iterable[Any]:
@@ -265,23 +273,29 @@ def candidates(tokens: int) -> Iterable[Any]:
             yield Config(signs=signs, warps=warps, split=split, depth=depth, magic=magic, inner=inner)
 
 
-def wide_candidates(tokens: int, chunks: int) -> Iterable[Any]:
-    """Return configurations of the kernel for many tokens to try."""
-    from fairy2i.ops.triton.multiply import WideConfig
+def decode_candidates(tokens: int) -> Iterable[Any]:
+    """Return configurations of the kernel for few tokens to try."""
+    from fairy2i.ops.cuda.decode import Config
 
-    forms = [(256, 8, 32, False), (128, 8, 16, False), (128, 4, 16, False), (64, 8, 16, False), (32, 4, 16, False)]
-    forms += [(256, 8, 32, True), (128, 8, 32, True), (128, 8, 16, True), (128, 4, 16, True), (64, 4, 32, True)]
-    for (block, warps, words, swap), split in itertools.product(forms, (1, 2, 3, 4, 6, 8)):
-        if block <= max(tokens, 32) and 4 * block >= min(tokens, 256) and split <= chunks:
-            yield WideConfig(tokens=block, warps=warps, words=words, split=split, swap=swap)
+    if tokens <= 4:
+        for (warps, blocks), words, depth, parts in itertools.product(
+            ((16, 1), (8, 1), (8, 2), (4, 2)), (2, 4), (2, 3, 4, 6), (0, 2, 4, 8)
+        ):
+            if parts <= warps:
+                yield Config(warps=warps, words=words, depth=depth, blocks=blocks, parts=parts)
+    if tokens > 2:
+        for warps, depth, ranges in itertools.product((16, 8), (3, 4, 6), (1, 2, 4)):
+            yield Config(warps=warps, depth=depth, ranges=ranges, halves=True)
 
 
 def run_copies(way: str, copies: list[Tensor], scales: Tensor, layout: Any, x: Tensor, y: Tensor, config: Any) -> None:
     """Multiply with each copy."""
+    from fairy2i.ops.cuda import decode
     from fairy2i.ops.triton import multiply
 
+    run = decode.multiply if way == "decode" else getattr(multiply, way)
     for words in copies:
-        getattr(multiply, way)(x, words, scales, None, y, layout, None, config)
+        run(x, words, scales, None, y, layout, None, config)
 
 
 def tuning_cases(args: argparse.Namespace) -> list[tuple[str, int, str, tuple[int, int], list[Any]]]:
@@ -289,11 +303,10 @@ def tuning_cases(args: argparse.Namespace) -> list[tuple[str, int, str, tuple[in
     found: list[tuple[str, int, str, tuple[int, int], list[Any]]] = []
     for tokens in args.tokens:
         for kind, shape in itertools.product(TUNED_KINDS, args.shapes):
-            chunks = gpu.words_shape(shape[0] // 2, shape[1] // 2, 0, 2)[0]
+            if tokens <= gpu.THRESHOLDS.decode and gpu.why_no_cuda() is None:
+                found.append(("decode", tokens, kind, shape, list(decode_candidates(tokens))))
             if tokens <= 16:
                 found.append(("planes", tokens, kind, shape, list(candidates(tokens))))
-            elif kind == "W2" and shape in SHAPES and args.dtype == torch.bfloat16:
-                found.append(("wide", tokens, kind, shape, list(wide_candidates(tokens, chunks))))
     return found
 
 
@@ -303,7 +316,7 @@ def compile_some(args: argparse.Namespace, part: int, parts: int) -> bool:
         (way, tokens, kind, shape, config)
         for way, tokens, kind, shape, configs in tuning_cases(args)
         for config in configs
-        if shape == args.shapes[0] or (way == "wide" and shape == args.shapes[2])
+        if shape == args.shapes[0]
     ]
     for way, count, kind, shape, config in jobs[part::parts]:
         words, scales, layout = random_words(KINDS[kind], shape, args.device)
@@ -315,9 +328,9 @@ def compile_some(args: argparse.Namespace, part: int, parts: int) -> bool:
 
 def tune(args: argparse.Namespace) -> dict[str, Any]:
     """Sweep configurations of the kernels, and where another way is faster."""
-    from fairy2i.ops.triton import multiply
+    from fairy2i.ops.cuda import decode
 
-    found: dict[str, Any] = {"best": {}, "paste": {"planes": [], "wide": []}, "ways": {}}
+    found: dict[str, Any] = {"best": {}, "paste": {"decode": [], "planes": []}, "ways": {}}
     begin = time.monotonic()
     if args.device == "cuda":
         in_processes(compile_some, args, args.budget / 2)
@@ -345,8 +358,8 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
             continue
         rows.sort(key=lambda row: row[0])
         chunks, _, n, signs, _ = words.shape
-        last = power(tokens) if way == "planes" else multiply.wide_tokens(tokens)
-        key = str((n, chunks, signs, last))
+        two = (layout[1], decode.compiled_tokens(tokens)) if way == "decode" else (signs, power(tokens))
+        key = str((n, chunks, *two))
         best = [f"{us} {config}" for us, config in rows[:8]]
         found["best"][f"{kind} {shape} {tokens}"] = {"key": key, "tried": len(rows), "best": best}
         line = f"    {key}: {rows[0][1]},  # {rows[0][0]} us, {kind} {shape[0]}x{shape[1]}, {tokens} tokens"
@@ -354,10 +367,11 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
         rate = words.nbytes / rows[0][0] / 1e3
         print(f"{kind} {shape} {tokens}: {best[0]}, {rate:.0f} GB/s, of {len(rows)}/{len(configs)}; then {best[1:3]}")
     for way, lines in found["paste"].items():
-        print("\n".join([f"{'TUNED' if way == 'planes' else 'TUNED_WIDE'} = {{", *lines, "}"]), flush=True)
+        print("\n".join([f"TUNED = {{  # {way}", *lines, "}"]), flush=True)
     end = begin + args.budget
     faster: dict[str, list[int]] = {"planes": [], "wide": []}
-    for shape, tokens in itertools.product(args.shapes[:4], (16, 32, 64, 512, 1024)):
+    can = gpu.why_no_cuda("wide") is None and args.dtype == torch.bfloat16
+    for shape, tokens in itertools.product(args.shapes[:4], (16, 32, 64, 256, 512, 1024) if can else ()):
         if time.monotonic() > end:
             break
         x = torch.randn(tokens, shape[1], device=args.device).to(args.dtype)
@@ -369,7 +383,8 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
         print(shape, tokens, us, flush=True)
         if min(us, key=us.__getitem__) != "dense":
             faster[min(us, key=us.__getitem__)].append(tokens)
-    found["thresholds"] = f"Thresholds(planes={max(faster['planes'] or [16])}, wide={max(faster['wide'] or [0])})"
+    wide = max(faster["wide"] or [0]) if can else gpu.THRESHOLDS.wide
+    found["thresholds"] = f"Thresholds(planes={max(faster['planes'] or [16])}, wide={wide})"
     print("the most tokens for which a way was the fastest for some shape:", found["thresholds"], flush=True)
     return found
 
@@ -387,7 +402,7 @@ def check_some(args: argparse.Namespace, part: int, parts: int) -> dict[str, Any
     """Check every so many of the cases."""
     schemes: list[Scheme] = [*KINDS.values(), PhaseScheme(stages=2, granularity="tile", tile=40)]
     schemes += [PhaseScheme(rotation=64), *(RealScheme(levels=levels) for levels in (2, 3))]
-    big = [(130, 258), (1002, 334), (34, 16386)] if args.device == "cuda" else [(6, 34)]
+    big = [(130, 258), (1002, 336), (34, 16386)] if args.device == "cuda" else [(6, 34)]
     bad, count = [], 0
     cases = [
         (scheme, shape, dtype)
@@ -399,12 +414,14 @@ def check_some(args: argparse.Namespace, part: int, parts: int) -> dict[str, Any
         layout = layout_of(scheme, "gpu")
         words = gpu.repack(layer.codes, code_rows_and_columns(rows, columns, layout[0]), layout)
         weight = layer.dense_weight()
-        for tokens in (1, 16, 70, 300) if args.device == "cuda" else (3,):
+        for tokens in (1, 2, 4, 16, 70, 300) if args.device == "cuda" else (3,):
             x = torch.randn(tokens, columns, device=args.device).to(dtype)
             exact = F.linear(x.double(), weight.double())
             plain = (F.linear(x, weight.to(dtype)).double() - exact).norm()
-            for way in ("planes", "wide", "blocks", "dense"):
-                if way == "wide" and not gpu.takes_wide(layout, dtype):
+            for way in ("decode", "planes", "wide", "blocks", "dense"):
+                if way == "decode" and not (tokens <= 16 and gpu.takes_few(tokens, layout, dtype, words)):
+                    continue
+                if way == "wide" and not gpu.takes_wide(layout, dtype, columns):
                     continue
                 if way == "planes" and (scheme.granularity == "tile" or tokens > 70):
                     continue

@@ -462,6 +462,10 @@ def run_doctor(args: argparse.Namespace) -> None:
         print("GPU      none that PyTorch can use")
     for name, why_off in BACKENDS.items():
         print(f"Backend  {name}: {f'off, {reason}' if (reason := why_off()) else 'on'}")
+    if not gpu.why_off():
+        for way, tokens in (("decode", "up to 16 tokens"), ("wide", "many tokens")):
+            state = f"off, {reason}" if (reason := gpu.why_no_cuda(way)) else "on"
+            print(f"         in CUDA C++, for {tokens}: {state}")
     if not cpu.why_off():
         sets = ", ".join(name if runs else f"{name} (not here)" for name, runs in cpu.instruction_sets().items())
         print(f"         CPU kernels use {cpu.instruction_set()} of {sets}; {cpu.library_path()}")

@@ -9,7 +9,8 @@ What multiplies is the *backend*, :func:`use_backend`:
     cpu_exact   a CPU kernel that adds and subtracts float32 activations and multiplies by scales at the end: the
                 reference's result but for the rounding of float32 sums.
     cpu_int8    a CPU kernel that rounds activations to 8 bits, in groups of 256 with a scale each; faster.
-    gpu         Triton kernels on an NVIDIA GPU (fairy2i.ops.triton.packed), as exact as the reference.
+    gpu         kernels on an NVIDIA GPU, as exact as the reference: Triton (fairy2i.ops.triton.packed) and, for phase
+                codes whose scales are of tensors or rows, CUDA C++ (fairy2i.ops.cuda).
     auto        cpu_exact where it can be used: on the CPU, in eval mode, with no gradient to give; else the reference.
                 The environment variable FAIRY2I_BACKEND makes it another one, for a whole process.
 
@@ -378,6 +379,14 @@ class PackedLinear(nn.Module):
             layer._ahead = (x, version, None, output)
         return outputs[0]
 
+    def _compile(self, dtype: torch.dtype) -> None:
+        """Compile now what multiplies single tokens of a dtype on a GPU, for the layer or its group."""
+        group, words, layout = self._group, self.words, self._layout
+        if group is not None:
+            words, layout = group.words, group.layout
+        if words is not None and layout is not None and (group is None or group.layers[0] is self):
+            gpu.prepare(words, layout, dtype, self.in_features)
+
     def _ready(self, backend: str) -> tuple[cpu.Layer, Tensor | None]:
         """Return what the library is given of this layer: its description, and its bias in float32."""
         kernel = self._kernel
@@ -399,7 +408,8 @@ class PackedLinear(nn.Module):
     def _repacked(self, backend: str) -> "cpu.Layer | gpu.Layer":
         kernel = self._repack(backend)
         if backend in gpu.MODES:
-            _tell(logging.INFO, f"packed layers: {backend}, Triton kernels on {self.scales.device.type}")
+            written = gpu.languages(layout_of(self.scheme, backend))
+            _tell(logging.INFO, f"packed layers: {backend}, {written} kernels on {self.scales.device.type}")
             assert kernel is not None
             return kernel
         _tell(logging.INFO, f"packed layers: {backend}, {cpu.instruction_set()}, {torch.get_num_threads()} threads")
@@ -415,7 +425,7 @@ class PackedLinear(nn.Module):
         try:
             used = self.backend_for()
             if used in gpu.MODES:
-                return f"{used} (Triton)"
+                return f"{used} ({gpu.languages(layout_of(self.scheme, used))})"
             if used != "reference":
                 cpu.library()
         except RuntimeError as error:
@@ -497,10 +507,11 @@ def watched(x: Tensor) -> bool:
 def use_backend(model: nn.Module, backend: Backend) -> nn.Module:
     """Choose what multiplies in the packed layers of a model; nothing that is saved depends on it.
 
-    With a kernel the codes are repacked now, else at the first call: do it before torch.compile. And layers that
-    see the same input (q, k and v; gate and up) are computed in one call from now on, where there are few tokens: when
-    the first is called, the others' outputs wait for the same tensor to come. On the CPU, decoder layers of LLaMA's
-    form take single tokens as a whole (:mod:`fairy2i.decoding`).
+    With a kernel the codes are repacked now, else at the first call: do it before torch.compile. Kernels of CUDA C++
+    are compiled for single tokens of the dtype that the model's parameters have, for others when they come. And layers
+    that see the same input (q, k and v; gate and up) are computed in one call from now on, where there are few tokens:
+    when the first is called, the others' outputs wait for the same tensor to come. On the CPU, decoder layers of
+    LLaMA's form take single tokens as a whole (:mod:`fairy2i.decoding`).
 
     Args:
         model: any module.
@@ -537,6 +548,12 @@ def use_backend(model: nn.Module, backend: Backend) -> nn.Module:
                 if backend in gpu.MODES and same[0].scheme.granularity != "tile":
                     if len({layer._layout for layer in same} | {None}) == 2 and same[0]._group is None:
                         _Group(same)
+    if backend in gpu.MODES:
+        floats = (parameter.dtype for parameter in model.parameters() if parameter.dtype in gpu.DTYPES)
+        dtype = next(floats, torch.get_default_dtype())
+        for module in model.modules():
+            if isinstance(module, PackedLinear):
+                module._compile(dtype)
     from .decoding import fuse_decoder_layers
 
     fuse_decoder_layers(model, on=backend != "reference" and backend not in gpu.MODES)

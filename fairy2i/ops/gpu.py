@@ -1,6 +1,8 @@
 """Packed layers on a GPU: the layout of their codes, what is used for how many tokens, and whether there are kernels.
 
-Triton is imported at the first use of a kernel. *Words* are int16 (chunks, passes, n, G, BK): bit k of word
+What multiplies is a *way*: "decode" (few tokens) and "wide" (many) are CUDA C++ (ops/cuda), "planes", "blocks" and
+"dense" (cuBLAS, after a kernel has written the weight) are Triton, which does everything where CUDA C++ cannot be used.
+Both are imported at the first use of a kernel. *Words* are int16 (chunks, passes, n, G, BK): bit k of word
 (c, s, i, g, b) is the sign g of row i and column (16 c + k) BK + b of the codes, 1 for plus (ops/triton/packed.py). A
 pass has the signs of 1, 2 or 4 phase stages, (p, q) of U, then of W, of each; a real layer has one pass, of 1 sign
 (binary) or 2 (ternary). Columns are padded to whole chunks; the bits of the padding are 0 and nothing reads them.
@@ -11,14 +13,14 @@ import functools
 import importlib.util
 import math
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..packing import pack_codes, unpack_codes
 from ..rotation import block_width, rotate
+from .triton import on_device
 
 MODES = {"gpu": 2}  # after those of ops.cpu
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of activations
@@ -30,8 +32,9 @@ AUTO = False  # whether "auto" takes these kernels on a GPU: not before they are
 class Thresholds:
     """The most tokens that a kernel is used for; `benchmarks/bench_inference.py --tune` measures them."""
 
+    decode: int = 16
     planes: int = 16
-    wide: int = 0
+    wide: int = 0  # not before its present form has run on a GPU
     blocks: int = 128
 
 
@@ -63,6 +66,17 @@ def why_off() -> str | None:
     if torch.version.cuda is None or torch.cuda.get_device_capability() < (8, 0):
         return "they need an NVIDIA GPU of compute capability 8.0 or more"
     return None
+
+
+@functools.cache
+def why_no_cuda(way: str = "decode") -> str | None:
+    """Return None where a kernel of CUDA C++, "decode" or "wide", can be used, or why it cannot."""
+    if interpreted():
+        return "Triton's interpreter runs the kernels"
+    from . import cuda
+
+    # warpgroups multiply on GPUs of one generation alone
+    return cuda.why_off() if way == "decode" else cuda.why_off((9, 0), (10, 0))
 
 
 def takes(device: torch.device) -> bool:
@@ -155,6 +169,11 @@ def unpack(words: Tensor, codes_shape: tuple[int, ...], shape: tuple[int, int], 
     return codes
 
 
+def languages(layout: Sequence[int]) -> str:
+    """Return what the kernels that multiply such layers are written in."""
+    return "CUDA C++ and Triton" if why_no_cuda() is None and _can_decode(layout) else "Triton"
+
+
 def describe(words: Tensor, scales: Tensor) -> Layer:
     """Return what a call needs of a layer."""
     return Layer("gpu", (words, scales), scales.data_ptr())
@@ -183,18 +202,51 @@ def rotated(x: Tensor, rotation: int) -> Tensor:
 # Multiplying
 
 
-def way_for(tokens: int, layout: "tuple[int, ...] | list[int]", dtype: torch.dtype) -> str:
-    """Return which kernel multiplies so many tokens: "planes", "wide", "blocks" or "dense"."""
+def way_for(tokens: int, layout: Sequence[int], dtype: torch.dtype, words: Tensor, features: int) -> str:
+    """Return which way multiplies so many tokens: "decode", "planes", "wide", "blocks" or "dense"."""
+    if tokens <= THRESHOLDS.decode and takes_few(tokens, layout, dtype, words):
+        return "decode"
     if tokens <= THRESHOLDS.planes and layout[2] != 2:
         return "planes"
-    if takes_wide(layout, dtype):
-        return "wide" if tokens <= THRESHOLDS.wide else "dense"
-    return "blocks" if tokens <= THRESHOLDS.blocks else "dense"
+    if tokens <= THRESHOLDS.wide and takes_wide(layout, dtype, features):
+        return "wide"
+    return "blocks" if tokens <= THRESHOLDS.blocks and not writes_bf16(layout, dtype) else "dense"
 
 
-def takes_wide(layout: Sequence[int], dtype: torch.dtype) -> bool:
-    """Return whether the kernel for many tokens multiplies such layers: its weights are more exact than bf16."""
+def _can_decode(layout: Sequence[int]) -> bool:
+    kind, stages, granularity = layout[:3]
+    return kind == 0 and stages <= 4 and granularity != 2
+
+
+def takes_few(tokens: int, layout: Sequence[int], dtype: torch.dtype, words: Tensor) -> bool:
+    """Return whether "decode" multiplies such words."""
+    if not _can_decode(layout) or why_no_cuda() is not None:
+        return False
+    from .cuda import decode
+
+    return decode.takes(layout, words, tokens, dtype)
+
+
+def takes_wide(layout: Sequence[int], dtype: torch.dtype, features: int) -> bool:
+    """Return whether "wide" multiplies layers of so many input features."""
+    if dtype != torch.bfloat16 or why_no_cuda("wide") is not None:
+        return False
+    from .cuda import wide
+
+    return wide.takes(layout, dtype, features)
+
+
+def writes_bf16(layout: Sequence[int], dtype: torch.dtype) -> bool:
+    """Return whether "dense" has a faster kernel for such layers, whose weights are more exact than bf16."""
     return layout[0] == 0 and layout[1] <= 8 and layout[2] != 2 and dtype == torch.bfloat16
+
+
+def prepare(words: Tensor, layout: Sequence[int], dtype: torch.dtype, features: int) -> None:
+    """Compile what multiplies single tokens, so that the first does not wait for it."""
+    if takes_few(1, layout, dtype, words):
+        from .cuda import decode
+
+        decode.prepare(words, layout, dtype, features)
 
 
 def linear(
@@ -203,7 +255,7 @@ def linear(
     scales: Tensor,
     bias: Tensor | None,
     out_features: int,
-    layout: "tuple[int, ...] | list[int]",
+    layout: Sequence[int],
     places: Tensor | None = None,
     way: str | None = None,
 ) -> Tensor:
@@ -213,7 +265,7 @@ def linear(
         scales: contiguous float32.
         layout: kind, stages or planes, granularity, tile, mode, rotation.
         places: int32 (halves, n), which output each row of the codes makes, where the words are of several layers.
-        way: "planes", "wide", "blocks" or "dense", in place of what :func:`way_for` says.
+        way: "decode", "planes", "wide", "blocks" or "dense", in place of what :func:`way_for` says.
 
     Raises:
         TypeError, ValueError: dtypes or sizes that do not belong together.
@@ -227,8 +279,6 @@ def linear(
         raise TypeError(f"packed_linear needs int16 words and float32 scales, got {words.dtype} and {scales.dtype}")
     if tuple(words.shape) != (need := words_shape(rows, cols, kind, stages)):
         raise ValueError(f"a {out_features}x{x.shape[-1]} layer needs words of {need}, got {tuple(words.shape)}")
-    from .triton import multiply
-
     flat = x.reshape(-1, x.shape[-1])
     if rotation:
         flat = rotated(flat, rotation)
@@ -237,16 +287,33 @@ def linear(
     tokens = flat.shape[0]
     y = x.new_empty(tokens, out_features)
     if tokens:
-        way = way or way_for(tokens, layout, x.dtype)
+        way = way or way_for(tokens, layout, x.dtype, words, x.shape[-1])
+        scales = scales.contiguous()
+        if bias is not None and bias.dtype not in DTYPES:
+            bias = bias.float()
         if way == "dense":
-            weight = multiply.dense_weight(
-                words, scales.contiguous(), x.dtype, out_features, x.shape[-1], layout, places
-            )
+            from .triton import multiply
+
+            weight = multiply.dense_weight(words, scales, x.dtype, out_features, x.shape[-1], layout, places)
             y = torch.nn.functional.linear(flat, weight, None if bias is None else bias.to(x.dtype))
         else:
-            run: Any = {"planes": multiply.planes, "wide": multiply.wide, "blocks": multiply.blocks}[way]
-            run(flat, words, scales.contiguous(), bias, y, layout, places)
+            with on_device(flat):
+                _runner(way)(flat, words, scales, bias, y, layout, places)
     return y.view(*x.shape[:-1], out_features)
+
+
+def _runner(way: str) -> Callable[..., None]:
+    if way == "decode":
+        from .cuda import decode
+
+        return decode.multiply
+    if way == "wide":
+        from .cuda import wide
+
+        return wide.wide
+    from .triton import multiply
+
+    return {"planes": multiply.planes, "blocks": multiply.blocks}[way]
 
 
 def group_places(sizes: list[int], kind: int, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..gpu import pieces, takes_wide
+from ..gpu import pieces, writes_bf16
 from . import on_device, packed, power
 
 OVERLAP = False  # not before it is measured: whether a kernel may begin while the one before it ends, on GPUs that can
@@ -178,91 +178,6 @@ def blocks(
     )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class WideConfig:
-    """How the kernel for many tokens is launched.
-
-    Attributes:
-        tokens: of a program.
-        warps: of a program.
-        words: of each plane that are taken at once, at most all of a chunk.
-        split: ranges of columns, each with programs of its own.
-        depth: pieces of the activations that are fetched ahead.
-        rows: of the codes in a program.
-        swap: whether tokens are the rows of the product, and weights go through shared memory.
-    """
-
-    tokens: int = 256
-    warps: int = 8
-    words: int = 32
-    split: int = 1
-    depth: int = 3
-    rows: int = 64
-    swap: bool = False
-
-
-# (rows of codes, chunks, G, tokens as wide_tokens counts them): measured like TUNED
-TUNED_WIDE: dict[tuple[int, int, int, int], WideConfig] = {}
-
-
-def wide_tokens(tokens: int) -> int:
-    """Return the power of two of tokens, from 64 to 1024, that a configuration is for."""
-    return min(max(power(tokens), 64), 1024)
-
-
-def wide_config(words: Tensor, stages: int, tokens: int) -> WideConfig:
-    """Return the measured configuration of the kernel for many tokens, or a guess."""
-    if tuned := TUNED_WIDE.get((words.shape[2], words.shape[0], words.shape[3], wide_tokens(tokens))):
-        return tuned
-    block = min(wide_tokens(tokens), 256)
-    rows = 64
-    programs = triton.cdiv(words.shape[2], rows) * triton.cdiv(tokens, block)
-    at_once = _processors(words) * (2 if block < 256 else 1)
-    split = min(max(at_once // programs, 1), 8, words.shape[0])
-    return WideConfig(tokens=block, words=32 if stages < 3 and block == 256 else 16, split=split, rows=rows)
-
-
-def wide(
-    x: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
-    layout: Layout,
-    places: Tensor | None,
-    config: WideConfig | None = None,
-) -> None:
-    """Multiply bf16 (tokens, in_features), rows contiguous, into y; phase codes, scales of the tensor or of rows."""
-    _, stages, granularity = layout[:3]
-    chunks, passes, n, signs, size = words.shape
-    tokens, features = x.shape
-    config = config or wide_config(words, stages, tokens)
-    split = min(config.split, chunks)
-    width = chunks * size * 32
-    normal = torch.empty(tokens, width, dtype=torch.float16, device=x.device)
-    factors = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    powers = torch.empty(n, dtype=torch.float32, device=x.device)
-    whole = torch.empty_like(y, dtype=torch.float32) if INTERPRETED else y
-    to = whole if split == 1 else y.new_empty((split, *y.shape), dtype=torch.float32)
-    with on_device(x):
-        packed.normalize[(tokens + triton.cdiv(n, 256),)](
-            x, normal, factors, scales, powers, tokens, x.stride(0), n, features // 2, width,
-            STAGES=stages, ROWS=granularity == 1, WIDTH=min(power(width), 8192), BR=256, num_warps=8, **_overlap(x),
-        )  # fmt: skip
-        packed.multiply_wide[(triton.cdiv(n, config.rows), split, triton.cdiv(tokens, config.tokens))](
-            normal, factors, words, scales, powers, bias, places, to,
-            tokens, width, y.shape[1], n, chunks, words.stride(0), words.stride(1),
-            STAGES=stages, PASSES=passes, G=signs, BK=size, ROWS=granularity == 1, PLACES=places is not None,
-            SPLIT=split, BR=config.rows, BM=config.tokens, WB=min(config.words, size), DEPTH=config.depth,
-            SWAP=config.swap,
-            EXACT=INTERPRETED, num_warps=config.warps, **_overlap(x),
-        )  # fmt: skip
-        if split > 1:
-            _add_splits(to, bias, whole)
-    if INTERPRETED:
-        y.copy_(whole)
-
-
 def _add_splits(parts: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """Add partial sums (split, tokens, out_features), and the bias, into y."""
     grid = (triton.cdiv(y.numel(), 512),)
@@ -283,7 +198,7 @@ def dense_weight(
     chunks, passes, n, signs, width = words.shape
     dense = torch.empty(out_features, in_features, dtype=torch.float32 if INTERPRETED else dtype, device=words.device)
     rows = 32
-    if takes_wide(layout, dtype):
+    if writes_bf16(layout, dtype):
         with on_device(words):
             packed.write_dense_bf16[(triton.cdiv(n, rows), chunks)](
                 words, scales, places, dense, n, in_features // 2, words.stride(0), words.stride(1), in_features,

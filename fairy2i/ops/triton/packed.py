@@ -7,12 +7,10 @@ column (16 c + k) BK + b, 1 for plus. A phase stage has the signs p and q of U a
     planes   a sign is a bf16 number with one instruction for two of them, and sums of +-activations, which tensor cores
              make, meet their scales at the end. Scales of the tensor or of a row. Multiplications: 4 T a block of 2x2
              weights, each with both halves of x, which is 2 T times those of a dense product: for few tokens.
-    wide     weights are made of the codes in registers, two at a time in fp16, then multiplied with activations that
-             a kernel before has brought to fp16 with a power of two for each token, so that nothing is lost. bf16
-             activations, phase codes, scales of the tensor or of a row. Each scale is rounded to 11 bits, and so is
-             each sum of two: the weight is more exact than one that is rounded to bf16.
     blocks   weights are made of the codes in registers in float32, then multiplied. Any scales, any dtype.
-    dense    weights are made of the codes and written: as in wide, then rounded to bf16, or as in blocks.
+    dense    weights are made of the codes and written, as in blocks; or two at a time in fp16, where they are bf16, of
+             phase codes, with scales of the tensor or of a row: each scale is rounded to 11 bits, and so is each sum of
+             two, so that the weight is more exact than bf16 before it is rounded to it.
 
 How bits become numbers without a shift for each: ``(word & 1 << b) | 2^(7 - b)`` is 2^(7 - b) or one more in bf16, and
 the sum that the middle of both would give, the same for all rows, is made by one more small product and taken off. Bits
@@ -20,11 +18,10 @@ the sum that the middle of both would give, the same for all rows, is made by on
 instruction more, and nothing is taken off; for float32, where the difference of two larger sums is not exact enough.
 
 Instructions a weight at T = 2, counted in the machine code of the loop for sm_90 (Triton 3.6): planes 1.7 with 64 signs
-a warp, up to 4 tokens, of them 1.1 bitwise, which run at half the rate; T = 1 takes half. wide 8.2, with 256 tokens a
-program, of them 4.5 for the weight itself (shift and sign for p and q; of them two sums and two products for each code;
-an addition for each weight). blocks 16. Writing dense weights 8 (in float32 14). Other ways, by arithmetic: adding
-+-activations 8; dot products of 8 bits 2.5, for activations of 16 bits, at half the rate; a table of 256 blocks in
-shared memory 1.4, but three look-ups meet in a bank, so it ends at two fifths of the memory's rate.
+a warp, up to 4 tokens, of them 1.1 bitwise, which run at half the rate; T = 1 takes half. blocks 16. Writing dense
+weights 8 (in float32 14). Other ways, by arithmetic: adding +-activations 8; dot products of 8 bits 2.5, for
+activations of 16 bits, at half the rate; a table of 256 blocks in shared memory 1.4, but three look-ups meet in a bank,
+so it ends at two fifths of the memory's rate.
 
 OVERLAP: the next kernel may begin as soon as all programs of this one have (programmatic dependent launch). Before a
 kernel waits for the one before, it touches nothing but the L2 cache: it asks for its words and scales.
@@ -451,13 +448,6 @@ def _shifted(words, N: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _pairs(first, second, BR: tl.constexpr, WB: tl.constexpr):
-    """Return (BR, 2 WB): two columns of the first, two of the second, and so on."""
-    both = tl.join(tl.reshape(first, [BR, WB // 2, 2]), tl.reshape(second, [BR, WB // 2, 2]))
-    return tl.reshape(tl.permute(both, (0, 1, 3, 2)), [BR, 2 * WB])
-
-
-@triton.jit
 def _row_power(scales, row, n, N: tl.constexpr, ROWS: tl.constexpr, BR: tl.constexpr):
     """Return a power of two above the sum of N scales of rows."""
     total = tl.zeros([BR], tl.float32)
@@ -475,97 +465,6 @@ def _row_scales(scales, power, row, n, N: tl.constexpr, ROWS: tl.constexpr, BR: 
         scale = (tl.load(scales + i * n + row) if ROWS else tl.load(scales + i)) / power
         found = found + (scale.to(tl.float16)[:, None] + tl.zeros([BR, WB], tl.float16),)  # noqa: RUF005
     return found
-
-
-@triton.jit
-def normalize(
-    x, out, factors, scales, powers, tokens, x_stride, n, m, width,
-    STAGES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr, OVERLAP: tl.constexpr,
-):  # fmt: skip
-    """Write activations as fp16 numbers below 2^15 with a power of two for each token, padded with zeros to ``width``.
-
-    Columns 4 i to 4 i + 3 of the result are columns 2 i and 2 i + 1 of the first half, then of the second. Programs
-    beyond the tokens write the power of two of BR rows of the codes.
-    """
-    _take_over(OVERLAP)
-    if tl.program_id(0) >= tokens:
-        row = (tl.program_id(0) - tokens) * BR + tl.arange(0, BR)
-        power = _row_power(scales, tl.minimum(row, n - 1), n, 4 * STAGES, ROWS, BR)
-        tl.store(powers + row, power, row < n)
-        return
-    token = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, WIDTH)
-    column = (place // 4) * 2 + place % 2
-    here = x + token * x_stride + (place // 2 % 2) * m
-    top = tl.zeros([WIDTH], tl.float32)
-    for start in range(0, width, WIDTH):
-        j = start // 2 + column
-        top = tl.maximum(top, tl.abs(tl.load(here + j, j < m, 0.0).to(tl.float32)))
-    power = tl.maximum(tl.max(top, 0).to(tl.int32, bitcast=True) >> 23, 15)
-    factor = ((268 - power) << 23).to(tl.float32, bitcast=True)  # 2^14 over the power of two of the largest
-    for start in range(0, width, WIDTH):
-        j = start // 2 + column
-        value = tl.load(here + j, j < m, 0.0).to(tl.float32) * factor
-        tl.store(out + token * width + start + place, value.to(tl.float16), start + place < width)
-    tl.store(factors + token, ((power - 14) << 23).to(tl.float32, bitcast=True))
-
-
-@triton.jit
-def multiply_wide(
-    normal, factors, words, scales, powers, bias, places, y,
-    tokens, width, y_stride, n, chunks, chunk_stride, pass_stride,
-    STAGES: tl.constexpr, PASSES: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr,
-    PLACES: tl.constexpr, SPLIT: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr, WB: tl.constexpr,
-    SWAP: tl.constexpr, DEPTH: tl.constexpr, OVERLAP: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """Write y, or the partial sums (SPLIT, tokens, out_features), from normalized activations: for many tokens.
-
-    A program has BR rows of the codes, so 2 BR of the weight, and BM tokens. It takes WB words of each plane at once,
-    a bit of each after the other, from the highest to the lowest. SWAP: tokens by rows, so that the weights go through
-    shared memory.
-    """
-    _take_over(OVERLAP)
-    split = tl.program_id(1)
-    row = tl.minimum(tl.program_id(0) * BR + tl.arange(0, BR), n - 1)
-    token = tl.program_id(2) * BM + tl.arange(0, BM)
-    kk = tl.arange(0, WB)
-    x_at = normal + tl.minimum(token, tokens - 1).to(tl.int64)[None, :] * width + tl.arange(0, 2 * WB)[:, None]
-    halves = _row_scales(scales, tl.load(powers + row), row, n, 4 * STAGES, ROWS, BR, WB)
-    total = tl.zeros([BM, 2 * BR] if SWAP else [2 * BR, BM], tl.float32)
-    parts: tl.constexpr = BK // WB
-    for part in range((chunks * parts * split) // SPLIT, (chunks * parts * (split + 1)) // SPLIT):
-        c = part // parts
-        first = part % parts * WB
-        found = ()
-        for s in tl.static_range(PASSES):
-            for g in tl.static_range(G):
-                at = words + c * chunk_stride + s * pass_stride + first + kk[None, :]
-                found = found + (tl.load(at + (row.to(tl.int64)[:, None] * G + g) * BK),)  # noqa: RUF005
-        for k in tl.range(16, num_stages=DEPTH):
-            value = tl.load((tl.trans(x_at) if SWAP else x_at) + ((c * 16 + 15 - k) * BK + first) * 2)
-            a11, a12, a21, a22 = _decode(found, halves, STAGES, EXACT)
-            found = _shifted(found, 4 * STAGES, EXACT)
-            both = tl.join(_pairs(a11, a12, BR, WB), _pairs(a21, a22, BR, WB))
-            weights = tl.reshape(tl.permute(both, (2, 0, 1)), [2 * BR, 2 * WB])
-            if SWAP:
-                total = _dot(value, tl.trans(weights), total, EXACT)
-            else:
-                total = _dot(weights, value, total, EXACT)
-    total = tl.trans(total) if SWAP else total
-    r = tl.arange(0, 2 * BR)
-    row = tl.program_id(0) * BR + r % BR
-    inside = (row < n)[:, None] & (token < tokens)[None, :]
-    total = (
-        total * tl.load(powers + row, row < n, 0.0)[:, None] * tl.load(factors + token, token < tokens, 0.0)[None, :]
-    )
-    out = row + r // BR * n
-    if PLACES:
-        out = tl.load(places + out, row < n, 0)
-    if SPLIT == 1:
-        if bias is not None:
-            total += tl.load(bias + out, row < n, 0.0).to(tl.float32)[:, None]
-    at = y + (split * tokens + token).to(tl.int64)[None, :] * y_stride + out[:, None]
-    tl.store(at, total.to(y.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -602,7 +501,7 @@ def write_dense_bf16(
     STAGES: tl.constexpr, PASSES: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr,
     PLACES: tl.constexpr, BR: tl.constexpr, WB: tl.constexpr, OVERLAP: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """Write the dense weight of phase codes with scales of the tensor or of rows, as multiply_wide makes it."""
+    """Write the dense weight of phase codes with scales of the tensor or of rows, in bf16."""
     _take_over(OVERLAP)
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     last = tl.minimum(row, n - 1)

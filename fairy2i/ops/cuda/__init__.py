@@ -1,0 +1,190 @@
+"""CUDA C++ kernels, compiled when a layer is prepared by NVRTC, which every CUDA build of PyTorch brings along.
+
+No compiler, no headers and no PyTorch extension: a source is a string, machine code comes back, the driver loads and
+launches it. Both libraries are called by ctypes. Nothing here is imported before a kernel is asked for.
+
+    kernel(source, name, device)(grid, threads, arguments, memory)
+
+Kernels are compiled once in a process for each source and device, in a fraction of a second. `arguments` are ctypes
+values, structures and arrays in the order of the kernel's parameters.
+"""
+
+import ctypes
+import functools
+import glob
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+SMALL = 48 << 10  # bytes of shared memory that need no leave
+_DYNAMIC_MEMORY, _SHARED_PERCENT, _LOCAL_BYTES, _REGISTERS = 8, 9, 3, 4  # CU_FUNC_ATTRIBUTE_...
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
+_INVALID_CONTEXT = 201
+
+
+class CompilerError(RuntimeError):
+    """A kernel could not be compiled; the message is the compiler's."""
+
+
+def _candidates() -> list[str]:
+    """Return paths and a name under which NVRTC may be found, the package that PyTorch brings along first."""
+    name = f"libnvrtc.so.{(torch.version.cuda or '13').split('.')[0]}"
+    places = [os.path.join(entry, "nvidia", "*", "lib", name) for entry in sys.path if entry]
+    places += [os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "lib64", name)]
+    return [*(path for place in places for path in sorted(glob.glob(place))), name]
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL:
+    """Return NVRTC.
+
+    Raises:
+        OSError: it is not there.
+    """
+    for path in _candidates():
+        try:
+            for part in glob.glob(os.path.join(os.path.dirname(path), "libnvrtc-builtins.so.*")):
+                ctypes.CDLL(part, ctypes.RTLD_GLOBAL)  # which it looks for by name, in vain
+            return ctypes.CDLL(path)
+        except OSError:
+            continue
+    raise OSError(f"NVRTC ({_candidates()[-1]}), which compiles them, is not found")
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _check(error: int, what: str) -> None:
+    if error:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(error, ctypes.byref(text))
+        raise RuntimeError(f"{what}: {text.value.decode() if text.value else f'error {error}'}")
+
+
+@functools.cache
+def why_off(least: tuple[int, int] = (8, 0), below: tuple[int, int] | None = None) -> str | None:
+    """Return None where kernels can be compiled and run, or why they cannot.
+
+    Args:
+        least, below: the compute capability that they need, and the first that they do not run on.
+    """
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "there is no NVIDIA GPU that PyTorch can use"
+    here = torch.cuda.get_device_capability()
+    if here < least or (below is not None and here >= below):
+        return f"they need a GPU of compute capability {least[0]}.{least[1]}{' or more' if below is None else ''}"
+    try:
+        _driver()
+        compiled('extern "C" __global__ void nothing() {}', architecture())  # it may be older than the GPU
+    except (OSError, CompilerError) as error:
+        return str(error)
+    return None
+
+
+def architecture(device: torch.device | None = None) -> str:
+    """Return what the compiler calls a GPU, with what only that one has."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+
+
+def compiled(source: str, target: str, options: Sequence[str] = ()) -> bytes:
+    """Return machine code of a source whose kernels are ``extern "C"``.
+
+    Raises:
+        CompilerError: with what the compiler said.
+    """
+    library = _nvrtc()
+    given = [f"--gpu-architecture={target}", "--std=c++17", *options]
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    if library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None):
+        raise CompilerError("NVRTC takes no program")
+    try:
+        failed = library.nvrtcCompileProgram(
+            program, len(given), (ctypes.c_char_p * len(given))(*(o.encode() for o in given))
+        )
+        if failed:
+            library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+            log = ctypes.create_string_buffer(size.value)
+            library.nvrtcGetProgramLog(program, log)
+            raise CompilerError(log.value.decode(errors="replace"))
+        library.nvrtcGetCUBINSize(program, ctypes.byref(size))
+        code = ctypes.create_string_buffer(size.value)
+        library.nvrtcGetCUBIN(program, code)
+        return code.raw
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _own_context(device: int) -> None:
+    """Make PyTorch's context of a GPU the thread's: a new thread has none."""
+    handle, context = ctypes.c_int(), ctypes.c_void_p()
+    _check(_driver().cuDeviceGet(ctypes.byref(handle), device), "cuDeviceGet")
+    _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "cuDevicePrimaryCtxRetain")
+    _check(_driver().cuCtxSetCurrent(context), "cuCtxSetCurrent")
+
+
+class Kernel:
+    """A kernel that is loaded on a GPU.
+
+    Attributes:
+        registers, spilled: of a thread; spilled in bytes of its local memory.
+    """
+
+    def __init__(self, code: bytes, name: str, device: int) -> None:
+        self.device, self._memory = device, SMALL
+        self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        with torch.cuda.device(device):
+            torch.cuda.init()
+            _own_context(device)
+            mode = ctypes.c_int(_RELAXED)  # a CUDA graph that is being captured should not mind
+            _check(_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)), "loading while a graph is captured")
+            try:
+                _check(_driver().cuModuleLoadData(ctypes.byref(self._module), code), f"loading {name}")
+                found = _driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode())
+                _check(found, f"finding {name}")
+            finally:
+                _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+        self.registers, self.spilled = self._attribute(_REGISTERS), self._attribute(_LOCAL_BYTES)
+
+    def _attribute(self, which: int) -> int:
+        value = ctypes.c_int()
+        _check(_driver().cuFuncGetAttribute(ctypes.byref(value), which, self._function), "cuFuncGetAttribute")
+        return value.value
+
+    def allow(self, memory: int) -> None:
+        """Let blocks have so many bytes of dynamic shared memory; launches see to it themselves."""
+        if memory > self._memory:
+            for which, value in ((_DYNAMIC_MEMORY, memory), (_SHARED_PERCENT, 100)):
+                _check(_driver().cuFuncSetAttribute(self._function, which, value), f"{memory} bytes of memory")
+            self._memory = memory
+
+    def __call__(self, grid: Sequence[int], threads: int, arguments: Sequence[Any], memory: int = 0) -> None:
+        """Launch on the current stream of the kernel's GPU."""
+        self.allow(memory)
+        addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+        stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
+        for again in (True, False):
+            error = _driver().cuLaunchKernel(self._function, *grid, threads, 1, 1, memory, stream, addresses, None)
+            if error != _INVALID_CONTEXT or not again:
+                break
+            _own_context(self.device)
+        _check(error, "a launch")
+
+
+@functools.cache
+def kernel(source: str, name: str, device: int, options: tuple[str, ...] = ()) -> Kernel:
+    """Compile and load a kernel, once in a process.
+
+    Args:
+        source: CUDA C++, the kernel in it ``extern "C"``.
+        device: index of the GPU.
+
+    Raises:
+        CompilerError, RuntimeError: it cannot be compiled, or not loaded.
+    """
+    return Kernel(compiled(source, architecture(torch.device("cuda", device)), options), name, device)

@@ -1,0 +1,502 @@
+// Products of packed layers with many tokens: weights are made of the codes in registers, tensor cores multiply them.
+//
+// A block has 64 rows of the codes, that is 128 outputs, and TOKENS tokens. y^T = W x^T: a warpgroup multiplies 32 rows
+// of the codes, A of wgmma, with all tokens, B, which lie in shared memory as the tensor memory accelerator brings
+// them: (half, token, 64 columns), rows of 128 bytes, swizzled. A step is 64 columns of the codes, 128 of the weight.
+//
+//     lane      g = lane / 4 is the row among 8 of a warp, t = lane % 4: the columns 2 t, 2 t + 1 (and + 8) of 16
+//     words     an int32 of them has at bits k and 16 + k the signs of two columns that are neighbours: two numbers of
+//               an operand of wgmma. The signs p, q of U and W of all stages give the 2 x 2 block: real and imaginary
+//               outputs (rows g and g + 8 of 16) from real inputs (one wgmma) and from imaginary ones (another).
+//     numbers   a phase is p = +-1 where p == q, and p i elsewhere. So p and x = p ^ q are put side by side, once for
+//               16 columns: bits 15 and 14 of what is shifted to the top are then a bf16, +-2 or +-0: the imaginary
+//               part; with bit 14 the other way, the real part. That is five instructions for two columns of a phase
+//               (shift; and; and + xor; two multiply-adds with scales -s / 2 in bf16), 25 for 8 weights of two stages.
+//     order     bits from 15 down to 0, even and odd ones in two words; columns of a chunk thus descend
+//     threads   2 warpgroups multiply; of a third one warp asks for activations, one for words. While wgmma reads the
+//               registers of a step, those of the next are decoded.
+//     cluster   PAIR blocks with other rows share the activations, each brings a half and sends it to all of them;
+//               SPLIT blocks have ranges of the columns, and tell each other their sums at the end: TOKENS / SPLIT
+//               tokens are added by each, always in the same order.
+//     grid      SPLIT = 1: the first `shared` tiles are shared: every cluster takes as many of their steps as the
+//               others, from its last tile to its first one. Of a tile that several clusters have, the one with its
+//               last step gathers the sums of those before it, which left them in memory as the first thing that they
+//               did, and nobody waits for a cluster that starts later. The other tiles follow, one for each cluster at
+//               a time. What the next tile needs is fetched meanwhile.
+//
+// Compiled at run time for: STAGES PASSES G BK (of the words), ROWS (scales of rows), TOKENS SPLIT PAIR SLOTS, AHEAD
+// (steps of 16 columns in registers, 2 or 4), BLOCKS (of an SM).
+
+typedef unsigned long long u64;
+typedef unsigned short u16;
+
+constexpr int BLOCK_ROWS = 64;             // of the codes
+constexpr int SIGNS = 4 * STAGES;          // of a row and column
+constexpr int SLOT = TOKENS * 256;         // bytes of the activations of a step
+constexpr int ROW_BYTES = G * BK * 2;      // of the words of a row, chunk and pass
+constexpr int ROW_STRIDE = ROW_BYTES + 16; // in shared memory: 8 rows lie in different banks
+constexpr int WORDS = PASSES * BLOCK_ROWS * ROW_STRIDE;
+constexpr int BITS = 64 / BK;              // of a word in a step
+constexpr int CHUNK_STEPS = BK / 4;
+constexpr int WIDTHS = BK / 16;            // groups of 16 columns of a bit
+constexpr bool KEEP = STAGES <= 2;         // whether the words of a chunk stay in registers
+constexpr int HELD = KEEP ? WIDTHS : 1;
+constexpr int TILES = TOKENS / 8;
+constexpr int MULTIPLIERS = 256;           // threads
+constexpr int REGISTERS = BLOCKS == 1 ? 224 : TOKENS < 64 ? 96 : 104; // of them, and of the others: three times what
+constexpr int OTHERS_REGISTERS = BLOCKS == 1 ? 56 : TOKENS < 64 ? 40 : 24; // threads have to begin with, 168 or 80
+constexpr int MOST = (TILES + SPLIT - 1) / SPLIT; // groups of 8 tokens that a block adds
+constexpr int SUMS = SPLIT * MOST * MULTIPLIERS * 16;
+static_assert(SPLIT == 1 || SLOT * SLOTS + WORDS >= SUMS + MOST * 2048, "sums lie where activations and words were");
+
+struct alignas(64) Map { u64 opaque[16]; }; // CUtensorMap
+
+#ifdef __CUDACC__
+#define DEVICE __device__ __forceinline__
+
+DEVICE unsigned shared_address(const void *p) { return (unsigned)__cvta_generic_to_shared(p); }
+DEVICE unsigned cluster_rank() { unsigned r; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
+DEVICE void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+DEVICE unsigned in_block(unsigned address, unsigned rank) {
+    unsigned found;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(found) : "r"(address), "r"(rank));
+    return found;
+}
+DEVICE void barrier_init(unsigned barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(barrier), "r"(count) : "memory");
+}
+DEVICE void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+DEVICE void barrier_expect(unsigned barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(barrier), "r"(bytes) : "memory");
+}
+DEVICE void barrier_arrive(unsigned barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(barrier) : "memory");
+}
+DEVICE void barrier_arrive_at(unsigned barrier, unsigned rank) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];"
+                 :: "r"(in_block(barrier, rank)) : "memory");
+}
+DEVICE void barrier_wait(unsigned barrier, int phase) {
+    asm volatile("{\n.reg .pred p;\nagain:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}"
+                 :: "r"(barrier), "r"(phase) : "memory");
+}
+DEVICE void bring_tile(unsigned to, const Map *map, int column, int token, int half, unsigned barrier, u16 blocks) {
+    if (PAIR == 1)
+        asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                     " [%0], [%1, {%2, %3, %4}], [%5];"
+                     :: "r"(to), "l"(map), "r"(column), "r"(token), "r"(half), "r"(barrier) : "memory");
+    else
+        asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                     ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;"
+                     :: "r"(to), "l"(map), "r"(column), "r"(token), "r"(half), "r"(barrier), "h"(blocks) : "memory");
+}
+DEVICE void bring(unsigned to, const void *from, int bytes, unsigned barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+DEVICE unsigned load_shared(unsigned address) {
+    unsigned found;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(found) : "r"(address) : "memory");
+    return found;
+}
+DEVICE float4 load_shared4(unsigned address) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
+    return v;
+}
+DEVICE void store_cluster4(unsigned address, unsigned rank, const float *v) {
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};"
+                 :: "r"(in_block(address, rank)), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
+}
+// Two times 8 x 8 numbers of 16 bits, lane 4 i + j has (i, 2 j) and (i, 2 j + 1): their columns go where lanes say, the
+// first ones where lanes 0 to 7 do, the others where lanes 8 to 15 do.
+DEVICE void store_transposed(unsigned at, unsigned first, unsigned second) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" :: "r"(at), "r"(first), "r"(second)
+                 : "memory");
+}
+DEVICE void before_fetching() { asm volatile("fence.proxy.async;" ::: "memory"); }
+// Sums that other blocks read: past the L1 cache. A flag is set after them, and read before.
+DEVICE void store_far4(float *to, const float *v) {
+    asm volatile("st.global.cg.v4.f32 [%0], {%1, %2, %3, %4};"
+                 :: "l"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
+}
+DEVICE float4 load_far4(const float *from) {
+    float4 v;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from) : "memory");
+    return v;
+}
+DEVICE void flag_set(int *flag, int value) {
+    asm volatile("fence.acq_rel.gpu;\nst.release.gpu.global.s32 [%0], %1;" :: "l"(flag), "r"(value) : "memory");
+}
+DEVICE void flag_wait(const int *flag) {
+    int value;
+    do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+    while (value == 0);
+}
+DEVICE void multipliers_sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(REGISTERS)); }
+DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(OTHERS_REGISTERS)); }
+DEVICE void mma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N> DEVICE void mma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory"); }
+
+#define BF16X2(name, code)                                                                                         \
+    DEVICE unsigned name(unsigned a, unsigned b) {                                                                 \
+        unsigned c; asm(code ".rn.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b)); return c; }
+BF16X2(add, "add")
+BF16X2(subtract, "sub")
+BF16X2(multiply, "mul")
+DEVICE unsigned multiply_add(unsigned a, unsigned b, unsigned c) {
+    unsigned d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+DEVICE unsigned and_xor(unsigned a, unsigned b, unsigned c) { // one instruction: the compiler makes two
+    unsigned d;
+    asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+DEVICE unsigned bfloats(float low, float high) {
+    unsigned c;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(c) : "f"(high), "f"(low));
+    return c;
+}
+DEVICE float of_half(u16 x) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x)); return f; }
+#else
+#include "wide_on_cpu.h" // the same functions, for g++
+#endif
+
+// The quarters A11, A12, A21, A22 of two columns from the two highest bits of both halves of a word of every phase.
+DEVICE void decode(const unsigned *word, const unsigned *scale, unsigned &a11, unsigned &a12, unsigned &a21,
+                   unsigned &a22) {
+    unsigned sum[4]; // of U and of W: re, im
+#pragma unroll
+    for (int i = 0; i < SIGNS / 2; i++) {
+        const unsigned re = and_xor(word[2 * i], 0xC000C000u, 0x40004000u), im = word[2 * i] & 0xC000C000u;
+        unsigned *of = sum + i % 2 * 2;
+        of[0] = i < 2 ? multiply(re, scale[2 * i]) : multiply_add(re, scale[2 * i], of[0]);
+        of[1] = i < 2 ? multiply(im, scale[2 * i + 1]) : multiply_add(im, scale[2 * i + 1], of[1]);
+    }
+    a11 = add(sum[0], sum[2]);
+    a12 = subtract(sum[3], sum[1]);
+    a21 = add(sum[1], sum[3]);
+    a22 = subtract(sum[0], sum[2]);
+}
+
+// Scales of a row, times -1/2, twice in a register.
+DEVICE void load_scales(const float *scales, int row, int n, unsigned *scale) {
+#pragma unroll
+    for (int i = 0; i < SIGNS; i++) {
+        const float s = -0.5f * (ROWS ? scales[(long long)i * n + row] : scales[i]);
+        scale[i] = bfloats(s, s);
+    }
+}
+
+DEVICE float bias_at(const void *bias, int kind, int place) {
+    if (kind == 0) return 0.0f;
+    if (kind == 1) return ((const float *)bias)[place];
+    const u16 bits = ((const u16 *)bias)[place];
+    return kind == 2 ? __uint_as_float((unsigned)bits << 16) : of_half(bits);
+}
+
+// Where a step lies: chunk, and number in the chunk. The empty steps of the last chunk, its highest columns, are none.
+struct Step {
+    int chunk, number;
+    DEVICE Step(int step, int steps, int chunks) : chunk(step / CHUNK_STEPS), number(step % CHUNK_STEPS) {
+        if (chunk == chunks - 1) number += chunks * CHUNK_STEPS - steps;
+    }
+    DEVICE int column() const { return (chunk * CHUNK_STEPS + CHUNK_STEPS - 1 - number) * 64; }
+    // Go on; return whether a chunk begins.
+    DEVICE bool next(int steps, int chunks) {
+        if (++number < CHUNK_STEPS) return false;
+        number = ++chunk == chunks - 1 ? chunks * CHUNK_STEPS - steps : 0;
+        return true;
+    }
+};
+
+// Words of 16 columns: (two pairs of columns, phases, even and odd bits), shifted so that the next bit is the highest.
+DEVICE void take_words(unsigned *word, unsigned at, int shift) {
+#pragma unroll
+    for (int pair = 0; pair < 2; pair++)
+#pragma unroll
+        for (int i = 0; i < SIGNS; i += 2) {
+            const unsigned from = at + i / G * (BLOCK_ROWS * ROW_STRIDE) + i % G * (BK * 2) + pair * 16;
+            const unsigned p = load_shared(from) << shift, x = load_shared(from + BK * 2) << shift ^ p;
+            word[pair * SIGNS + i] = (p & 0xAAAAAAAAu) | (x >> 1 & 0x55555555u);
+            word[pair * SIGNS + i + 1] = (p << 1 & 0xAAAAAAAAu) | (x & 0x55555555u);
+        }
+}
+
+extern "C" __global__ void
+#ifdef __CUDACC__
+__launch_bounds__(384, BLOCKS) __cluster_dims__(PAIR, SPLIT, 1)
+#endif
+multiply_wide(const __grid_constant__ Map map, const short *words, const float *scales, const void *bias, int bias_kind,
+              const int *places, u16 *y, int tokens, int out_features, int n, int m, int chunks,
+              long long chunk_stride, long long pass_stride, int shared, float *far_sums, int *flags) {
+    extern __shared__ char memory[];
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    const unsigned base = (shared_address(memory) + 1023) / 1024 * 1024;
+    const unsigned words_at = base + SLOTS * SLOT, barriers = words_at + (WORDS + 15) / 16 * 16;
+    const unsigned full = barriers, empty = barriers + 8 * SLOTS, words_full = empty + 8 * SLOTS,
+                   words_empty = words_full + 8;
+    const unsigned rank = PAIR * SPLIT > 1 ? cluster_rank() : 0;
+    const unsigned in_pair = rank % PAIR, range = rank / PAIR;
+    const int row_tiles = (n + PAIR * BLOCK_ROWS - 1) / (PAIR * BLOCK_ROWS);
+    const int tiles = row_tiles * ((tokens + TOKENS - 1) / TOKENS), cluster = blockIdx.x / PAIR;
+    const int clusters = gridDim.x / PAIR;
+    const int steps = (m + 63) / 64;
+    // steps `begin` to `end` of the shared tiles, or of the cluster's only tile, are multiplied here
+    auto cut = [&](int at) {
+        if (SPLIT > 1) return cluster * steps + steps * (at - cluster + (int)range) / SPLIT;
+        return (int)((long long)(shared * steps) * at / clusters);
+    };
+    const int begin = cut(cluster), end = cut(cluster + 1);
+    const int tile0 = SPLIT > 1 ? cluster : shared ? begin / steps : -1;
+    const int tile1 = SPLIT > 1 ? cluster : shared ? (end - 1) / steps : shared + cluster;
+    auto first_of = [&](int tile) { return tile == tile0 ? begin - tile * steps : 0; };
+    auto last_of = [&](int tile) { return tile == tile1 && tile0 >= 0 ? end - tile * steps : steps; };
+    auto after = [&](int tile) {
+        if (SPLIT > 1) return tiles;
+        return tile >= shared ? tile + clusters : tile > tile0 ? tile - 1 : shared + cluster;
+    };
+    if (thread == 0) {
+        for (int i = 0; i < SLOTS; i++) {
+            barrier_init(full + 8 * i, 1);
+            barrier_init(empty + 8 * i, 8 * PAIR);
+        }
+        barrier_init(words_full, 1);
+        barrier_init(words_empty, 8);
+        barriers_ready();
+    }
+    __syncthreads();
+    if (PAIR * SPLIT > 1) cluster_sync();
+
+    if (warp >= 8) { // who fetches
+        fewer_registers();
+        if (warp == 8 && lane == 0) {
+            int slot = 0, round = 0;
+            for (int tile = tile1; tile < tiles; tile = after(tile)) {
+                const int first = first_of(tile), last = last_of(tile);
+                Step at(first, steps, chunks);
+                for (int step = first; step < last; step++) {
+                    if (round) barrier_wait(empty + 8 * slot, (round - 1) & 1);
+                    barrier_expect(full + 8 * slot, SLOT);
+                    const unsigned to = base + slot * SLOT;
+#pragma unroll
+                    for (int half = 0; half < 2; half++)
+                        if (PAIR == 1 || half == (int)in_pair)
+                            bring_tile(to + half * (SLOT / 2), &map, at.column(), tile / row_tiles * TOKENS, half,
+                                       full + 8 * slot, (u16)(((1 << PAIR) - 1) << (range * PAIR)));
+                    at.next(steps, chunks);
+                    if (++slot == SLOTS) slot = 0, round++;
+                }
+            }
+        }
+        if (warp == 9) {
+            int round = 0;
+            for (int tile = tile1; tile < tiles; tile = after(tile)) {
+                const int first = first_of(tile), last = last_of(tile);
+                const int row0 = (tile % row_tiles * PAIR + in_pair) * BLOCK_ROWS;
+                for (int c = first / CHUNK_STEPS; c <= (last - 1) / CHUNK_STEPS && first < last; c++, round++) {
+                    if (round) barrier_wait(words_empty, (round - 1) & 1);
+                    if (lane == 0) barrier_expect(words_full, PASSES * BLOCK_ROWS * ROW_BYTES);
+                    __syncwarp();
+                    for (int i = lane; i < PASSES * BLOCK_ROWS; i += 32) {
+                        const int pass = i / BLOCK_ROWS, row = row0 + i % BLOCK_ROWS;
+                        bring(words_at + i * ROW_STRIDE,
+                              words + c * chunk_stride + pass * pass_stride +
+                                  (long long)(row < n ? row : n - 1) * (ROW_BYTES / 2),
+                              ROW_BYTES, words_full);
+                    }
+                }
+            }
+        }
+        __syncwarp();
+        if (PAIR * SPLIT > 1) cluster_sync();
+        if (SPLIT > 1) cluster_sync();
+    } else { // who multiplies
+        more_registers();
+        const int g = lane / 4, t = lane % 4, in_block_row = warp * 8 + g;
+        auto row_of = [&](int tile) { // of the codes; the last one for those that are none
+            const int row = (tile % row_tiles * PAIR + (int)in_pair) * BLOCK_ROWS + in_block_row;
+            return row < n ? row : n - 1;
+        };
+        float acc[TOKENS / 2];
+        unsigned scale[SIGNS], word[HELD][2 * SIGNS], a[AHEAD][8];
+        load_scales(scales, row_of(tile1), n, scale);
+        int chunk_count = 0; // chunks whose words have come
+        int slot = 0, phase = 0, before;
+        const unsigned my_words = words_at + in_block_row * ROW_STRIDE + t * 4;
+        // K-major rows of 128 bytes, swizzled, groups of 8 tokens 1024 bytes apart
+        const u64 kind = (u64)1 << 62 | (u64)64 << 32 | (u64)1 << 16;
+        // Decode group q of 4 of the step `at` of 16 columns.
+        auto make = [&](const Step &at, int q, unsigned *into) {
+            const int width = WIDTHS == 2 ? q / 2 : 0, bit = WIDTHS == 2 ? q % 2 : q;
+            unsigned *mine = word[KEEP ? width : 0];
+            if (!KEEP && bit == 0) take_words(mine, my_words + width * 32, at.number * BITS);
+            decode(mine + bit % 2, scale, into[0], into[4], into[1], into[5]);
+            decode(mine + SIGNS + bit % 2, scale, into[2], into[6], into[3], into[7]);
+#pragma unroll
+            for (int i = bit % 2; i < 2 * SIGNS; i += 2) mine[i] <<= 2;
+        };
+        auto begin_chunk = [&](const Step &at) {
+            barrier_wait(words_full, chunk_count & 1);
+            chunk_count++;
+            if (KEEP) {
+#pragma unroll
+                for (int width = 0; width < HELD; width++)
+                    take_words(word[width], my_words + width * 32, at.number * BITS);
+                __syncwarp();
+                if (lane == 0) barrier_arrive(words_empty);
+            }
+        };
+        auto release = [&](int slot) {
+            if (lane < PAIR) {
+                if (PAIR == 1) barrier_arrive(empty + 8 * slot);
+                else barrier_arrive_at(empty + 8 * slot, range * PAIR + lane);
+            }
+        };
+
+        for (int tile = tile1; tile < tiles; tile = after(tile)) {
+            const int first = first_of(tile), last = last_of(tile);
+            const int row0 = (tile % row_tiles * PAIR + (int)in_pair) * BLOCK_ROWS, token0 = tile / row_tiles * TOKENS;
+#pragma unroll
+            for (int i = 0; i < TOKENS / 2; i++) acc[i] = 0.0f;
+            Step at(first, steps, chunks);
+            before = -1;
+            if (first < last) {
+                begin_chunk(at);
+                make(at, 0, a[0]);
+            }
+            for (int step = first; step < last; step++) {
+                barrier_wait(full + 8 * slot, phase);
+                const u64 real = kind | (base + slot * SLOT) >> 4, imaginary = real + (SLOT / 2 >> 4);
+#pragma unroll
+                for (int q = 0; q < 4; q++) {
+                    // the columns of group q: for two widths (1, 0), (0, 0), (1, 1), (0, 1) of (bit, width), else down
+                    const int offset = WIDTHS == 2 ? (q % 2 ? 0 : 4) + q / 2 * 2 : 6 - 2 * q;
+                    mma_fence();
+                    mma(acc, a[q % AHEAD], real + offset);
+                    mma(acc, a[q % AHEAD] + 4, imaginary + offset);
+                    mma_commit();
+                    mma_wait<AHEAD - 1>();
+                    if (q == AHEAD - 2 && before >= 0) release(before); // nobody reads it any more
+                    if (q < 3) make(at, q + 1, a[(q + 1) % AHEAD]);
+                    else if (step + 1 < last) {
+                        const bool done = at.next(steps, chunks);
+                        if (done) {
+                            if (!KEEP) {
+                                __syncwarp();
+                                if (lane == 0) barrier_arrive(words_empty);
+                            }
+                            begin_chunk(at);
+                        }
+                        make(at, 0, a[0]);
+                    }
+                }
+                before = slot;
+                if (++slot == SLOTS) slot = 0, phase ^= 1;
+            }
+            mma_wait<0>();
+            if (!KEEP && first < last) {
+                __syncwarp();
+                if (lane == 0) barrier_arrive(words_empty);
+            }
+            if (after(tile) < tiles) load_scales(scales, row_of(after(tile)), n, scale);
+
+            // the sums of a block that other blocks read: groups of 8 tokens, threads, 4 of each
+            auto far_at = [&](int block, int j) {
+                return far_sums + (((long long)block * TILES + j) * MULTIPLIERS + thread) * 4;
+            };
+            if (SPLIT == 1 && last < steps) { // the rest is another cluster's, which gathers
+#pragma unroll
+                for (int j = 0; j < TILES; j++) store_far4(far_at(blockIdx.x, j), acc + 4 * j);
+                multipliers_sync();
+                if (thread == 0) flag_set(flags + blockIdx.x, 1);
+                release(before);
+                continue;
+            }
+            if (SPLIT == 1 && first > 0)
+                for (int from = cluster - 1, all = 0; !all; from--) {
+                    const int block = from * PAIR + (int)in_pair;
+                    all = cut(from) <= tile * steps;
+                    flag_wait(flags + block);
+#pragma unroll
+                    for (int j = 0; j < TILES; j++) {
+                        const float4 v = load_far4(far_at(block, j));
+                        acc[4 * j] += v.x, acc[4 * j + 1] += v.y, acc[4 * j + 2] += v.z, acc[4 * j + 3] += v.w;
+                    }
+                    multipliers_sync();
+                    if (thread == 0) flag_set(flags + block, 0); // for the next launch
+                }
+
+            // Results: TILES groups of 8 tokens, of each lane tokens 2 t and 2 t + 1, real outputs, then imaginary.
+            // They go through shared memory: 256 bytes of a token are 16 pieces of 8 outputs, swizzled.
+            const int row = row_of(tile), out1 = places ? places[row] : row, out2 = places ? places[n + row] : row + n;
+            const float bias1 = bias_at(bias, bias_kind, out1), bias2 = bias_at(bias, bias_kind, out2);
+            const unsigned out_at = SPLIT == 1 ? base + before * SLOT : base + SUMS;
+            auto piece_at = [&](int token, int piece) { return out_at + token * 256 + (piece ^ (token & 7)) * 16; };
+            auto put = [&](int j, const float *v) {
+                store_transposed(piece_at(8 * j + (lane & 7), (lane & 8) + warp), bfloats(v[0] + bias1, v[1] + bias1),
+                                 bfloats(v[2] + bias2, v[3] + bias2));
+            };
+            int from0 = 0, count = TILES;
+            if (SPLIT == 1) {
+                multipliers_sync(); // nobody reads the last activations any more
+#pragma unroll
+                for (int j = 0; j < TILES; j++) put(j, acc + 4 * j);
+            } else {
+                cluster_sync(); // nobody reads or fetches activations any more
+                from0 = (int)range * MOST, count = from0 + MOST < TILES ? MOST : TILES - from0;
+#pragma unroll
+                for (int j = 0; j < TILES; j++)
+                    store_cluster4(base + (((int)range * MOST + j % MOST) * MULTIPLIERS + thread) * 16,
+                                   j / MOST * PAIR + in_pair, acc + 4 * j);
+                cluster_sync();
+                for (int j = 0; j < count; j++) {
+                    float4 sum = load_shared4(base + (j * MULTIPLIERS + thread) * 16);
+#pragma unroll
+                    for (int from = 1; from < SPLIT; from++) {
+                        const float4 more = load_shared4(base + ((from * MOST + j) * MULTIPLIERS + thread) * 16);
+                        sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+                    }
+                    put(j, &sum.x);
+                }
+            }
+            multipliers_sync();
+            const int piece = thread % 16, half = piece / 8, row8 = row0 + piece % 8 * 8;
+            const int left = n - row8 < 8 ? n - row8 : 8;
+            const int start = left <= 0 ? 0 : places ? places[half * n + row8] : half * n + row8;
+            bool together = left == 8 && start % 8 == 0 && out_features % 8 == 0;
+            if (places)
+                for (int i = 1; i < left; i++) together &= places[half * n + row8 + i] == start + i;
+            for (int i = thread / 16; i < count * 8 && left > 0; i += MULTIPLIERS / 16) {
+                const int token = token0 + from0 * 8 + i;
+                if (token >= tokens) break;
+                const float4 found = load_shared4(piece_at(i, piece));
+                u16 *to = y + (long long)token * out_features;
+                if (together) *(float4 *)(to + start) = found;
+                else {
+                    const unsigned pairs[4] = {__float_as_uint(found.x), __float_as_uint(found.y),
+                                               __float_as_uint(found.z), __float_as_uint(found.w)};
+#pragma unroll
+                    for (int k = 0; k < 8; k++)
+                        if (k < left)
+                            to[places ? places[half * n + row8 + k] : start + k] = (u16)(pairs[k / 2] >> k % 2 * 16);
+                }
+            }
+            if (SPLIT == 1) {
+                before_fetching();
+                __syncwarp();
+                release(before);
+            }
+        }
+        if (PAIR > 1 && SPLIT == 1) cluster_sync(); // nobody sends to a block that has ended
+    }
+}

@@ -1,0 +1,41 @@
+"""ops/cuda/decode.cu compiled for the processor, by g++ and decode_on_cpu.h, in place of a kernel on a GPU."""
+
+import ctypes
+import dataclasses
+import functools
+import hashlib
+import subprocess
+from pathlib import Path
+
+import torch
+
+from fairy2i.ops.cuda import decode
+
+HERE = Path(__file__).parent
+RUN = """
+extern "C" void run(int grid, int bytes, const Arguments *given) {
+    run_blocks(grid, RANGES, THREADS, bytes, [=] { multiply_few(*given); });
+}
+"""
+
+
+@functools.cache
+def _library(source, folder):
+    name = hashlib.sha256(source.encode()).hexdigest()[:16]
+    (folder / f"{name}.cpp").write_text(source + RUN)
+    options = ["-std=c++17", "-O1", "-fPIC", "-shared", "-w", f"-I{HERE}"]
+    subprocess.run(["g++", *options, folder / f"{name}.cpp", "-o", folder / f"{name}.so"], check=True)
+    return ctypes.CDLL(str(folder / f"{name}.so"))
+
+
+def ready(folder, default):
+    """Return what stands in for ``decode._ready``; libraries go into a folder. By default in clusters of two blocks."""
+
+    def stand_in(shape, stages, tokens, dtype, aligned, device, config):
+        several = tokens > 2 and dtype != torch.float32
+        config = config or dataclasses.replace(default, halves=several, ranges=2 if several else 1)
+        found = decode._planned(shape, stages, tokens, dtype, decode.chip(device), config)
+        run = _library(decode.source(shape, stages, dtype, aligned, found), folder).run
+        return lambda grid, _, given, memory: run(grid[0], memory, ctypes.byref(given[0])), found
+
+    return stand_in

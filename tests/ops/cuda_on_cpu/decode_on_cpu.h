@@ -1,0 +1,220 @@
+// What ops/cuda/decode.cu takes from the machine, for g++: every CUDA thread is a fibre, and gives way where it waits.
+// Asynchronous copies happen where they are waited for, so that memory which is read too early, or is asked for again
+// before it was read, shows as wrong results. Fragments of mma m16n8k32 and m16n8k16 are laid out as the PTX ISA says.
+// The blocks of a cluster run at the same time, clusters one after the other.
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define DEVICE inline
+#define __global__
+#define __grid_constant__
+#define CLUSTER
+#define __launch_bounds__(...)
+struct alignas(8) Two { u32 v[2]; };
+struct alignas(16) Four { u32 v[4]; };
+struct Index { int x; };
+
+struct Meeting { // a barrier of `size` fibres
+    int size = 0, here = 0, round = 0;
+};
+struct Block {
+    int index, running; // fibres
+    Meeting meeting;
+    std::vector<Four> room;
+    unsigned char *start;
+};
+struct Warp {
+    Meeting meeting;
+    u32 values[32], a[32][4], b[32][2];
+};
+struct Copy { void *to; const void *from; int bytes; };
+struct Fibre {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    Block *block;
+    Warp *warp;
+    int thread;
+    bool done = false;
+    std::vector<std::vector<Copy>> groups;
+    std::vector<Copy> open;
+};
+static Fibre *current;
+static ucontext_t scheduler;
+static Index gridDim;
+static Meeting all; // of a cluster
+static std::vector<Block> blocks;
+static long idle; // switches since something happened
+#define threadIdx (Index{current->thread})
+#define blockIdx (Index{current->block->index})
+#define memory (current->block->start)
+
+inline void meet(Meeting &m) {
+    const int round = m.round;
+    if (++m.here == m.size) m.here = 0, m.round++, idle = 0;
+    while (m.round == round) swapcontext(&current->context, &scheduler);
+}
+inline void fail(const char *what) {
+    std::fprintf(stderr, "on the CPU: %s\n", what);
+    std::abort();
+}
+
+template <int BYTES> void copy_async(void *to, const void *from) {
+    if ((u64)to % BYTES || (u64)from % BYTES) fail("a copy that is not aligned");
+    std::memset(to, 0x55, BYTES);
+    current->open.push_back({to, from, BYTES});
+}
+template <class T> T load_now(const T *from) {
+    if ((u64)from % sizeof(T)) fail("a load that is not aligned");
+    return *from;
+}
+inline void commit() {
+    current->groups.push_back(std::move(current->open));
+    current->open.clear();
+}
+template <int LEFT> void wait() {
+    while (current->groups.size() > LEFT) {
+        for (const Copy &copy : current->groups.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+        current->groups.erase(current->groups.begin());
+    }
+}
+inline void __syncthreads() { meet(current->block->meeting); }
+inline void all_sync() { meet(all); }
+inline Two load_of(const Two *from, int rank) {
+    const u64 at = (u64)from - (u64)memory;
+    if (blocks.at(rank).running == 0) fail("memory of a block that has ended");
+    return *(const Two *)(blocks.at(rank).start + at);
+}
+inline void shared_max(u32 *to, u32 value) { *to = *to > value ? *to : value; }
+inline Warp &warp_here() { return *current->warp; }
+inline int lane_here() { return current->thread % 32; }
+
+inline void mma(int *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    Warp &w = warp_here();
+    const int lane = lane_here(), g = lane / 4, t = lane % 4;
+    const u32 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
+    std::memcpy(w.a[lane], a, sizeof a);
+    std::memcpy(w.b[lane], b, sizeof b);
+    meet(w.meeting);
+    const auto byte = [](u32 word, int i) { return (int)(signed char)(word >> 8 * i); };
+    for (int i = 0; i < 4; i++) {
+        const int row = g + 8 * (i / 2), column = 2 * t + i % 2;
+        for (int k = 0; k < 32; k++)
+            c[i] += byte(w.a[row % 8 * 4 + k % 16 / 4][row / 8 + 2 * (k / 16)], k % 4)
+                  * byte(w.b[column * 4 + k % 16 / 4][k / 16], k % 4);
+    }
+    meet(w.meeting);
+}
+inline float half_at(u32 word, int i) { const u16 bits = (u16)(word >> 16 * i); _Float16 h; std::memcpy(&h, &bits, 2); return (float)h; }
+inline void mma(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    Warp &w = warp_here();
+    const int lane = lane_here(), g = lane / 4, t = lane % 4;
+    const u32 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
+    std::memcpy(w.a[lane], a, sizeof a);
+    std::memcpy(w.b[lane], b, sizeof b);
+    meet(w.meeting);
+    for (int i = 0; i < 4; i++) {
+        const int row = g + 8 * (i / 2), column = 2 * t + i % 2;
+        float sum = 0.0f;
+        for (int k = 0; k < 16; k++)
+            sum += half_at(w.a[row % 8 * 4 + k % 8 / 2][row / 8 + 2 * (k / 8)], k % 2)
+                 * half_at(w.b[column * 4 + k % 8 / 2][k / 8], k % 2);
+        c[i] += sum;
+    }
+    meet(w.meeting);
+}
+inline u32 exchange(u32 value, const std::function<u32(const u32 *)> &take) {
+    Warp &w = warp_here();
+    w.values[lane_here()] = value;
+    meet(w.meeting);
+    const u32 found = take(w.values);
+    meet(w.meeting);
+    return found;
+}
+inline u32 warp_max(u32 value) {
+    return exchange(value, [](const u32 *v) {
+        u32 most = 0;
+        for (int i = 0; i < 32; i++) most = v[i] > most ? v[i] : most;
+        return most;
+    });
+}
+inline float of_bits(u32 bits) { float f; std::memcpy(&f, &bits, 4); return f; }
+inline u32 bits_of(float f) { u32 bits; std::memcpy(&bits, &f, 4); return bits; }
+#define __uint_as_float(x) of_bits(x)
+#define __float_as_uint(x) bits_of(x)
+inline float from_lane_xor(float value, int other) {
+    const int lane = lane_here();
+    return of_bits(exchange(bits_of(value), [=](const u32 *v) { return v[lane ^ other]; }));
+}
+inline u32 bytes_of(u32 low, u32 high, u32 which) {
+    const u64 both = (u64)high << 32 | low;
+    u32 found = 0;
+    for (int i = 0; i < 4; i++) found |= (u32)(both >> 8 * (which >> 4 * i & 7) & 255) << 8 * i;
+    return found;
+}
+inline int __float2int_rn(float x) { return std::isfinite(x) ? (int)std::nearbyint(x) : 0; }
+inline float of_half(u16 x) { _Float16 h; std::memcpy(&h, &x, 2); return (float)h; }
+inline u16 to_half(float x) { const _Float16 h = (_Float16)x; u16 bits; std::memcpy(&bits, &h, 2); return bits; }
+inline u16 to_bfloat(float x) {
+    if (std::isnan(x)) return 0x7fff;
+    const u32 bits = bits_of(x);
+    return (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline u32 to_halves(float low, float high) { return to_half(low) | (u32)to_half(high) << 16; }
+
+static std::function<void()> body;
+inline void start_fibre() {
+    body();
+    current->done = true;
+    current->block->running--;
+    idle = 0;
+    swapcontext(&current->context, &scheduler);
+}
+// Run blocks of threads, one cluster of them after the other.
+inline void run_blocks(int grid, int together, int threads, int bytes, std::function<void()> kernel) {
+    body = kernel;
+    gridDim.x = grid;
+    if (grid % together) fail("a cluster that is not whole");
+    for (int first = 0; first < grid; first += together) {
+        all = {threads * together, 0, 0};
+        blocks.assign(together, Block());
+        std::vector<Warp> warps(threads / 32 * together);
+        for (Warp &warp : warps) warp.meeting.size = 32;
+        std::vector<std::unique_ptr<Fibre>> fibres;
+        for (int i = 0; i < together; i++) {
+            Block &block = blocks[i];
+            block.index = first + i, block.running = block.meeting.size = threads;
+            block.room.resize(bytes / 16 + 9);
+            std::memset(block.room.data(), 0xff, block.room.size() * 16);
+            block.start = (unsigned char *)(((u64)block.room.data() + 127) / 128 * 128);
+            for (int thread = 0; thread < threads; thread++) {
+                auto fibre = std::make_unique<Fibre>();
+                fibre->thread = thread, fibre->block = &block, fibre->warp = &warps[(i * threads + thread) / 32];
+                constexpr int STACK = 65536;
+                fibre->stack.reset(new char[STACK]);
+                getcontext(&fibre->context);
+                fibre->context.uc_stack.ss_sp = fibre->stack.get();
+                fibre->context.uc_stack.ss_size = STACK;
+                fibre->context.uc_link = nullptr;
+                makecontext(&fibre->context, start_fibre, 0);
+                fibres.push_back(std::move(fibre));
+            }
+        }
+        for (bool left = true; left;) {
+            left = false;
+            if (idle++ > 1000) fail("all threads wait");
+            for (auto &fibre : fibres)
+                if (!fibre->done) {
+                    left = true;
+                    current = fibre.get();
+                    swapcontext(&scheduler, &current->context);
+                }
+        }
+    }
+}

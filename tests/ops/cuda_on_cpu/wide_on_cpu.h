@@ -1,0 +1,297 @@
+// What ops/cuda/wide.cu takes from the machine, for g++: every CUDA thread is a fibre, and gives way where it waits.
+// wgmma happens where it is waited for, so that memory that is given back too early shows as wrong results. The layouts
+// are those of the PTX ISA: fragments of wgmma m64nNk16, descriptors, and the swizzle of 128 bytes by address bits.
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <vector>
+
+#define DEVICE inline
+#define __global__
+#define __shared__
+#define __grid_constant__
+struct float4 { float x, y, z, w; };
+struct Index { int x, y, z; };
+
+struct Meeting { // a barrier of `size` fibres
+    int size = 0, here = 0, round = 0;
+};
+struct Arrivals { // an mbarrier
+    int count = 0, pending = 0, bytes = 0, phase = 0;
+    void check() { if (pending == 0 && bytes == 0) pending = count, phase ^= 1; }
+};
+struct Product { unsigned a[128][4]; u64 descriptor; };
+struct Warpgroup {
+    Meeting meeting;
+    std::vector<std::unique_ptr<Product>> products;
+};
+struct Cluster;
+struct Block {
+    Cluster *cluster;
+    Index index;
+    unsigned rank;
+    std::vector<unsigned char> memory;
+    std::map<unsigned, Arrivals> arrivals;
+    Meeting all, multipliers, warps[12];
+    unsigned lanes[12][2][32];
+    Warpgroup groups[2];
+};
+struct Cluster { std::vector<std::unique_ptr<Block>> blocks; Meeting all; };
+struct Fibre {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    Block *block;
+    Index thread;
+    bool done = false;
+    int issued = 0, finished = 0;       // products
+    std::vector<int> groups;            // products up to each commit
+    float *sums = nullptr;
+};
+static Fibre *current;
+static ucontext_t scheduler;
+static long idle;                       // switches since something happened
+#define threadIdx (current->thread)
+#define blockIdx (current->block->index)
+static char memory[1];
+static Index gridDim;
+
+inline void give_way() { swapcontext(&current->context, &scheduler); }
+inline void meet(Meeting &m) {
+    const int round = m.round;
+    if (++m.here == m.size) m.here = 0, m.round++, idle = 0;
+    while (m.round == round) give_way();
+}
+inline void fail(const char *what) { std::fprintf(stderr, "on the CPU: %s\n", what); std::abort(); }
+
+DEVICE unsigned shared_address(const void *) { return 1040; } // not aligned: the kernel does that
+DEVICE unsigned cluster_rank() { return current->block->rank; }
+DEVICE void cluster_sync() { meet(current->block->cluster->all); }
+DEVICE void __syncthreads() { meet(current->block->all); }
+DEVICE void __syncwarp() { meet(current->block->warps[current->thread.x / 32]); }
+DEVICE void multipliers_sync() { meet(current->block->multipliers); }
+DEVICE unsigned in_block(unsigned address, unsigned rank) { return (rank + 1) << 24 | address; }
+inline Block &block_of(unsigned address) {
+    const unsigned rank = address >> 24;
+    return rank ? *current->block->cluster->blocks.at(rank - 1) : *current->block;
+}
+inline unsigned char *memory_of(Block &block, unsigned address, int bytes) {
+    address &= 0xffffff;
+    if (address + bytes > block.memory.size() || address < 1024 || address % bytes) fail("a wrong address");
+    return block.memory.data() + address;
+}
+inline Arrivals &arrivals_of(Block &block, unsigned address) {
+    auto found = block.arrivals.find(address & 0xffffff);
+    if (found == block.arrivals.end()) fail("no barrier there");
+    return found->second;
+}
+DEVICE void barrier_init(unsigned barrier, int count) {
+    memory_of(*current->block, barrier, 8);
+    current->block->arrivals[barrier] = {count, count, 0, 0};
+}
+DEVICE void barriers_ready() {}
+inline void arrive(Arrivals &a, int bytes) {
+    if (a.pending == 0) fail("one arrival too many");
+    a.pending--, a.bytes += bytes, idle = 0;
+    a.check();
+}
+DEVICE void barrier_expect(unsigned barrier, int bytes) { arrive(arrivals_of(*current->block, barrier), bytes); }
+DEVICE void barrier_arrive(unsigned barrier) { arrive(arrivals_of(*current->block, barrier), 0); }
+DEVICE void barrier_arrive_at(unsigned barrier, unsigned rank) {
+    arrive(arrivals_of(block_of(in_block(barrier, rank)), barrier), 0);
+}
+DEVICE void barrier_wait(unsigned barrier, int phase) {
+    while (arrivals_of(*current->block, barrier).phase == phase) give_way();
+}
+inline void brought(Block &block, unsigned barrier, int bytes) {
+    Arrivals &a = arrivals_of(block, barrier);
+    a.bytes -= bytes, idle = 0;
+    if (a.pending < a.count) a.check(); // before anything is expected, a phase does not end
+}
+
+// opaque: pointer, columns, tokens, halves, strides of tokens and halves in elements
+DEVICE void bring_tile(unsigned to, const Map *map, int column, int token, int half, unsigned barrier, u16 blocks) {
+    const u16 *x = (const u16 *)map->opaque[0];
+    const long m = map->opaque[1], tokens = map->opaque[2], halves = map->opaque[3];
+    if (to % 1024 || half >= halves) fail("a wrong tile");
+    for (unsigned rank = 0; rank < current->block->cluster->blocks.size(); rank++) {
+        if (PAIR == 1 ? rank != current->block->rank : !(blocks >> rank & 1)) continue;
+        Block &block = *current->block->cluster->blocks[rank];
+        for (int i = 0; i < TOKENS; i++)
+            for (int j = 0; j < 64; j++) {
+                const bool inside = token + i < tokens && column + j < m;
+                const u16 value = inside ? x[(token + i) * map->opaque[4] + half * map->opaque[5] + column + j] : 0;
+                const unsigned at = to + i * 128 + ((j / 8) ^ (i % 8)) * 16 + j % 8 * 2;
+                std::memcpy(memory_of(block, at, 2), &value, 2);
+            }
+        brought(block, barrier, TOKENS * 128);
+    }
+}
+DEVICE void bring(unsigned to, const void *from, int bytes, unsigned barrier) {
+    if (to % 16 || (u64)from % 16 || bytes % 16) fail("a copy that is not aligned");
+    for (int i = 0; i < bytes; i++) *memory_of(*current->block, to + i, 1) = ((const unsigned char *)from)[i];
+    brought(*current->block, barrier, bytes);
+}
+template <class T> T shared(unsigned address) {
+    T found;
+    std::memcpy(&found, memory_of(block_of(address), address, sizeof(T)), sizeof(T));
+    return found;
+}
+DEVICE unsigned load_shared(unsigned address) { return shared<unsigned>(address); }
+DEVICE float4 load_shared4(unsigned address) { return shared<float4>(address); }
+DEVICE void store_cluster4(unsigned address, unsigned rank, const float *v) {
+    address = in_block(address, rank);
+    std::memcpy(memory_of(block_of(address), address, 16), v, 16);
+}
+DEVICE void store_transposed(unsigned at, unsigned first, unsigned second) {
+    const int warp = current->thread.x / 32, lane = current->thread.x % 32;
+    auto &lanes = current->block->lanes[warp];
+    lanes[0][lane] = first, lanes[1][lane] = second;
+    __syncwarp();
+    for (int i = 0; i < 8 && lane < 16; i++) {
+        const u16 value = (u16)(lanes[lane / 8][i * 4 + lane % 8 / 2] >> lane % 2 * 16);
+        std::memcpy(memory_of(*current->block, at + 2 * i, 2), &value, 2);
+    }
+    __syncwarp();
+}
+DEVICE void before_fetching() {}
+DEVICE void more_registers() {}
+DEVICE void fewer_registers() {}
+
+inline float of_bits(unsigned bits) { float f; std::memcpy(&f, &bits, 4); return f; }
+inline unsigned bits_of(float f) { unsigned bits; std::memcpy(&bits, &f, 4); return bits; }
+#define __float_as_int(x) ((int)bits_of(x))
+#define __int_as_float(x) of_bits((unsigned)(x))
+#define __float_as_uint(x) bits_of(x)
+#define __uint_as_float(x) of_bits(x)
+struct Bfloat {
+    static float to(u16 bits) { return of_bits((unsigned)bits << 16); }
+    static u16 from(double x) { // by way of float32 that is odd where something was cut off
+        float f = (float)x;
+        if (std::isnan(f)) return 0x7fff;
+        unsigned bits = bits_of(f);
+        if (std::fabs((double)f) > std::fabs(x)) bits--;
+        if ((double)of_bits(bits) != x && std::isfinite(x)) bits |= 1;
+        return (u16)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    }
+};
+template <class F> unsigned pairwise(F f, unsigned a, unsigned b, unsigned c = 0) {
+    const auto one = [&](int i) {
+        const double x = Bfloat::to(a >> i), y = Bfloat::to(b >> i), z = Bfloat::to(c >> i);
+        return (unsigned)Bfloat::from(f(x, y, z));
+    };
+    return one(0) | one(16) << 16;
+}
+DEVICE unsigned add(unsigned a, unsigned b) {
+    return pairwise([](double x, double y, double) { return x + y; }, a, b);
+}
+DEVICE unsigned subtract(unsigned a, unsigned b) {
+    return pairwise([](double x, double y, double) { return x - y; }, a, b);
+}
+DEVICE unsigned multiply(unsigned a, unsigned b) {
+    return pairwise([](double x, double y, double) { return x * y; }, a, b);
+}
+DEVICE unsigned multiply_add(unsigned a, unsigned b, unsigned c) {
+    return pairwise([](double x, double y, double z) { return x * y + z; }, a, b, c);
+}
+DEVICE unsigned and_xor(unsigned a, unsigned b, unsigned c) { return (a & b) ^ c; }
+DEVICE unsigned bfloats(float low, float high) { return Bfloat::from(low) | (unsigned)Bfloat::from(high) << 16; }
+DEVICE float of_half(u16 bits) { _Float16 h; std::memcpy(&h, &bits, 2); return (float)h; }
+DEVICE void store_far4(float *to, const float *v) { std::memcpy(to, v, 16); }
+DEVICE float4 load_far4(const float *from) { return {from[0], from[1], from[2], from[3]}; }
+DEVICE void flag_set(int *flag, int value) {
+    if (*flag == value) fail("a flag that is set twice");
+    *flag = value, idle = 0;
+}
+DEVICE void flag_wait(const int *flag) { while (*flag == 0) give_way(); } // a block that has ended: in order
+
+inline Warpgroup &group() { return current->block->groups[current->thread.x / 128]; }
+DEVICE void mma_fence() {}
+DEVICE void mma(float *sums, const unsigned *a, u64 descriptor) {
+    Warpgroup &g = group();
+    if ((int)g.products.size() <= current->issued) g.products.push_back(std::make_unique<Product>());
+    Product &product = *g.products[current->issued++];
+    std::memcpy(product.a[current->thread.x % 128], a, 16);
+    product.descriptor = descriptor;
+    current->sums = sums;
+}
+DEVICE void mma_commit() { current->groups.push_back(current->issued); }
+template <int N> DEVICE void mma_wait() {
+    Warpgroup &g = group();
+    meet(g.meeting);
+    const int last = (int)current->groups.size() - N;
+    const int thread = current->thread.x % 128, warp = thread / 32, row = thread % 32 / 4, t = thread % 4;
+    for (; last > 0 && current->finished < current->groups[last - 1]; current->finished++) {
+        const Product &product = *g.products[current->finished];
+        const unsigned start = (product.descriptor & 0x3fff) << 4, stride = (product.descriptor >> 32 & 0x3fff) << 4;
+        if (product.descriptor >> 62 != 1) fail("a descriptor of another swizzle");
+        float a[2][16];
+        for (int half = 0; half < 2; half++)
+            for (int k = 0; k < 16; k++)
+                a[half][k] = Bfloat::to((u16)(product.a[warp * 32 + row * 4 + k % 8 / 2][k / 8 * 2 + half] >> k % 2 * 16));
+        for (int n = 0; n < TOKENS; n++) {
+            if (n / 2 % 4 != t) continue;
+            for (int k = 0; k < 16; k++) {
+                unsigned at = start + n / 8 * stride + n % 8 * 128 + k * 2;
+                at ^= (at >> 7 & 7) << 4;
+                const float b = Bfloat::to(shared<u16>(at));
+                for (int half = 0; half < 2; half++) current->sums[n / 8 * 4 + half * 2 + n % 2] += a[half][k] * b;
+            }
+        }
+    }
+    meet(g.meeting);
+}
+
+static void (*body)();
+inline void start_fibre() {
+    body();
+    current->done = true;
+    idle = 0;
+    give_way();
+}
+// Run a cluster of blocks of 384 threads.
+inline void run_cluster(int x0, int pair, int split, int bytes, void (*kernel)()) {
+    body = kernel;
+    Cluster cluster;
+    std::vector<std::unique_ptr<Fibre>> fibres;
+    for (int i = 0; i < pair * split; i++) {
+        auto block = std::make_unique<Block>();
+        block->cluster = &cluster;
+        block->index = {x0 + i % pair, i / pair, 0};
+        block->rank = i;
+        block->memory.assign(1040 + bytes, 0xff); // NaN
+        block->all.size = 384, block->multipliers.size = 256;
+        for (auto &warp : block->warps) warp.size = 32;
+        for (auto &group : block->groups) group.meeting.size = 128;
+        for (int thread = 0; thread < 384; thread++) {
+            auto fibre = std::make_unique<Fibre>();
+            fibre->block = block.get();
+            fibre->thread = {thread, 0, 0};
+            constexpr int SIZE = 65536;
+            fibre->stack.reset(new char[SIZE]);
+            getcontext(&fibre->context);
+            fibre->context.uc_stack.ss_sp = fibre->stack.get();
+            fibre->context.uc_stack.ss_size = SIZE;
+            fibre->context.uc_link = nullptr;
+            makecontext(&fibre->context, start_fibre, 0);
+            fibres.push_back(std::move(fibre));
+        }
+        cluster.blocks.push_back(std::move(block));
+    }
+    cluster.all.size = 384 * pair * split;
+    for (bool left = true; left;) {
+        left = false;
+        if (idle++ > 1000) fail("all threads wait");
+        for (auto &fibre : fibres)
+            if (!fibre->done) {
+                left = true;
+                current = fibre.get();
+                swapcontext(&scheduler, &current->context);
+            }
+    }
+}
