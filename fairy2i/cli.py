@@ -464,7 +464,8 @@ def run_doctor(args: argparse.Namespace) -> None:
         print(f"Backend  {name}: {f'off, {reason}' if (reason := why_off()) else 'on'}")
     if not gpu.why_off():
         for way, tokens in (("decode", "up to 16 tokens"), ("wide", "many tokens")):
-            state = f"off, {reason}" if (reason := gpu.why_no_cuda(way)) else "on"
+            unused = None if getattr(gpu.THRESHOLDS, way) else "it is not used yet"
+            state = f"off, {reason}" if (reason := gpu.why_no_cuda(way) or unused) else "on"
             print(f"         in CUDA C++, for {tokens}: {state}")
     if not cpu.why_off():
         sets = ", ".join(name if runs else f"{name} (not here)" for name, runs in cpu.instruction_sets().items())

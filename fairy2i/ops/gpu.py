@@ -279,6 +279,8 @@ def linear(
         raise TypeError(f"packed_linear needs int16 words and float32 scales, got {words.dtype} and {scales.dtype}")
     if tuple(words.shape) != (need := words_shape(rows, cols, kind, stages)):
         raise ValueError(f"a {out_features}x{x.shape[-1]} layer needs words of {need}, got {tuple(words.shape)}")
+    if words.stride()[2:] != (math.prod(need[3:]), need[4], 1):
+        raise ValueError(f"packed_linear needs words whose rows are contiguous, got strides {words.stride()}")
     flat = x.reshape(-1, x.shape[-1])
     if rotation:
         flat = rotated(flat, rotation)
@@ -289,8 +291,8 @@ def linear(
     if tokens:
         way = way or way_for(tokens, layout, x.dtype, words, x.shape[-1])
         scales = scales.contiguous()
-        if bias is not None and bias.dtype not in DTYPES:
-            bias = bias.float()
+        if bias is not None:
+            bias = (bias if bias.dtype in DTYPES else bias.float()).contiguous()
         if way == "dense":
             from .triton import multiply
 

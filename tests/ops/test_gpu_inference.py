@@ -319,7 +319,7 @@ def test_what_kernels_of_cuda_need(monkeypatch):
 
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cuda, "_driver", lambda: None)
+    monkeypatch.setattr(cuda, "driver", lambda: None)
     monkeypatch.setattr(cuda, "compiled", lambda _, target: seen.append(target))
     seen = []
     for capability, few, many in (
@@ -422,7 +422,7 @@ def test_asked_for_where_it_cannot_be_used(monkeypatch):
 def test_the_doctor_knows_the_backend(capsys):
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    assert "Backend  GPU kernels (gpu): on" in shown and "in CUDA C++, for many tokens: o" in shown
+    assert "Backend  GPU kernels (gpu): on" in shown and "in CUDA C++, for many tokens: off, " in shown
 
 
 MACHINE_CODE = """

@@ -14,6 +14,7 @@ import functools
 import glob
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,7 +47,8 @@ def _nvrtc() -> ctypes.CDLL:
     """
     for path in _candidates():
         try:
-            for part in glob.glob(os.path.join(os.path.dirname(path), "libnvrtc-builtins.so.*")):
+            folder = os.path.dirname(path)
+            for part in glob.glob(os.path.join(folder, "libnvrtc-builtins.so.*")) if folder else ():
                 ctypes.CDLL(part, ctypes.RTLD_GLOBAL)  # which it looks for by name, in vain
             return ctypes.CDLL(path)
         except OSError:
@@ -55,14 +57,15 @@ def _nvrtc() -> ctypes.CDLL:
 
 
 @functools.cache
-def _driver() -> ctypes.CDLL:
+def driver() -> ctypes.CDLL:
+    """Return the driver's library."""
     return ctypes.CDLL("libcuda.so.1")
 
 
 def _check(error: int, what: str) -> None:
     if error:
         text = ctypes.c_char_p()
-        _driver().cuGetErrorString(error, ctypes.byref(text))
+        driver().cuGetErrorString(error, ctypes.byref(text))
         raise RuntimeError(f"{what}: {text.value.decode() if text.value else f'error {error}'}")
 
 
@@ -79,7 +82,7 @@ def why_off(least: tuple[int, int] = (8, 0), below: tuple[int, int] | None = Non
     if here < least or (below is not None and here >= below):
         return f"they need a GPU of compute capability {least[0]}.{least[1]}{' or more' if below is None else ''}"
     try:
-        _driver()
+        driver()
         compiled('extern "C" __global__ void nothing() {}', architecture())  # it may be older than the GPU
     except (OSError, CompilerError) as error:
         return str(error)
@@ -123,9 +126,9 @@ def compiled(source: str, target: str, options: Sequence[str] = ()) -> bytes:
 def _own_context(device: int) -> None:
     """Make PyTorch's context of a GPU the thread's: a new thread has none."""
     handle, context = ctypes.c_int(), ctypes.c_void_p()
-    _check(_driver().cuDeviceGet(ctypes.byref(handle), device), "cuDeviceGet")
-    _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "cuDevicePrimaryCtxRetain")
-    _check(_driver().cuCtxSetCurrent(context), "cuCtxSetCurrent")
+    _check(driver().cuDeviceGet(ctypes.byref(handle), device), "cuDeviceGet")
+    _check(driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "cuDevicePrimaryCtxRetain")
+    _check(driver().cuCtxSetCurrent(context), "cuCtxSetCurrent")
 
 
 class Kernel:
@@ -136,32 +139,33 @@ class Kernel:
     """
 
     def __init__(self, code: bytes, name: str, device: int) -> None:
-        self.device, self._memory = device, SMALL
+        self.device, self._memory, self._lock = device, SMALL, threading.Lock()
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         with torch.cuda.device(device):
             torch.cuda.init()
             _own_context(device)
             mode = ctypes.c_int(_RELAXED)  # a CUDA graph that is being captured should not mind
-            _check(_driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)), "loading while a graph is captured")
+            _check(driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode)), "loading while a graph is captured")
             try:
-                _check(_driver().cuModuleLoadData(ctypes.byref(self._module), code), f"loading {name}")
-                found = _driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode())
+                _check(driver().cuModuleLoadData(ctypes.byref(self._module), code), f"loading {name}")
+                found = driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode())
                 _check(found, f"finding {name}")
             finally:
-                _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+                driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
         self.registers, self.spilled = self._attribute(_REGISTERS), self._attribute(_LOCAL_BYTES)
 
     def _attribute(self, which: int) -> int:
         value = ctypes.c_int()
-        _check(_driver().cuFuncGetAttribute(ctypes.byref(value), which, self._function), "cuFuncGetAttribute")
+        _check(driver().cuFuncGetAttribute(ctypes.byref(value), which, self._function), "cuFuncGetAttribute")
         return value.value
 
     def allow(self, memory: int) -> None:
         """Let blocks have so many bytes of dynamic shared memory; launches see to it themselves."""
-        if memory > self._memory:
-            for which, value in ((_DYNAMIC_MEMORY, memory), (_SHARED_PERCENT, 100)):
-                _check(_driver().cuFuncSetAttribute(self._function, which, value), f"{memory} bytes of memory")
-            self._memory = memory
+        with self._lock:  # another thread that asks for less must not have the last word
+            if memory > self._memory:
+                for which, value in ((_DYNAMIC_MEMORY, memory), (_SHARED_PERCENT, 100)):
+                    _check(driver().cuFuncSetAttribute(self._function, which, value), f"{memory} bytes of memory")
+                self._memory = memory
 
     def __call__(self, grid: Sequence[int], threads: int, arguments: Sequence[Any], memory: int = 0) -> None:
         """Launch on the current stream of the kernel's GPU."""
@@ -169,7 +173,7 @@ class Kernel:
         addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
         for again in (True, False):
-            error = _driver().cuLaunchKernel(self._function, *grid, threads, 1, 1, memory, stream, addresses, None)
+            error = driver().cuLaunchKernel(self._function, *grid, threads, 1, 1, memory, stream, addresses, None)
             if error != _INVALID_CONTEXT or not again:
                 break
             _own_context(self.device)

@@ -53,7 +53,7 @@ class Config:
     halves: bool = False
 
 
-# (rows of codes, chunks, stages, tokens that the kernel is compiled for): measured on an H100, with bf16
+# (rows of codes, chunks, stages, tokens that the kernel is compiled for), for bf16: from `bench_inference.py --tune`
 TUNED: dict[tuple[int, int, int, int], Config] = {}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import Kernel, kernel
+from . import Kernel, driver, kernel
 
 SOURCE = Path(__file__).with_name("wide.cu")
 ROWS = 64  # of the codes in a block
@@ -18,7 +18,6 @@ THREADS = 384
 MEMORY = 233472  # bytes of shared memory of a processor; of each block the driver takes 1024
 BIAS_KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 Layout = Sequence[int]
-_STREAMS: dict[tuple[torch.device, int], int] = {}  # which flags they use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +144,7 @@ def tensor_map(x: Tensor, tokens: int) -> ctypes.Array[ctypes.c_uint64]:
     memory = (ctypes.c_uint64 * 24)()
     start = -ctypes.addressof(memory) % 64 // 8
     found = (ctypes.c_uint64 * 16).from_buffer(memory, start * 8)
-    error = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled(
+    error = driver().cuTensorMapEncodeTiled(
         found, 9, 3, ctypes.c_void_p(x.data_ptr()),  # bfloat16, three dimensions
         (ctypes.c_uint64 * 3)(m, x.shape[0], 2), (ctypes.c_uint64 * 2)(2 * x.stride(0), 2 * m),
         (ctypes.c_uint32 * 3)(64, tokens, 1), (ctypes.c_uint32 * 3)(1, 1, 1),
@@ -205,15 +204,8 @@ def _loaded(constants: tuple[tuple[str, int], ...], device: int) -> Kernel:
     return kernel(source(dict(constants)), "multiply_wide", device)
 
 
-@functools.cache
-def _flags(device: torch.device) -> Tensor:
-    """Return flags of the blocks of launches: 0 before and after each; a set for each of many streams."""
-    return torch.zeros(64, 1024, dtype=torch.int32, device=device)
-
-
 def kernel_for(words: Tensor, layout: Layout, config: Config) -> Kernel:
     """Return the kernel for such words, compiled at the first use: not while a CUDA graph is captured."""
-    _flags(words.device)
     return _loaded(tuple(defines(words, layout, config).items()), words.device.index)
 
 
@@ -238,7 +230,6 @@ def wide(
     sums = flags = None
     if shared:
         sums = torch.empty(blocks[0], 2 * ROWS, config.tokens, dtype=torch.float32, device=x.device)
-        stream = torch.cuda.current_stream(x.device)
-        flags = _flags(x.device)[_STREAMS.setdefault((x.device, stream.cuda_stream), len(_STREAMS) % 64)]
+        flags = torch.zeros(blocks[0], dtype=torch.int32, device=x.device)  # of this launch: streams and graphs differ
     given = [tensor_map(x, config.tokens), *arguments(x, words, scales, bias, y, places, shared, sums, flags)]
     launch(blocks, THREADS, given, memory)
