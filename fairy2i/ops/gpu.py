@@ -171,7 +171,7 @@ def unpack(words: Tensor, codes_shape: tuple[int, ...], shape: tuple[int, int], 
 
 def languages(layout: Sequence[int]) -> str:
     """Return what the kernels that multiply such layers are written in."""
-    return "CUDA C++ and Triton" if why_no_cuda() is None and _can_decode(layout) else "Triton"
+    return "CUDA C++ and Triton" if why_no_cuda() is None and written_in_cuda(layout) else "Triton"
 
 
 def describe(words: Tensor, scales: Tensor) -> Layer:
@@ -213,14 +213,15 @@ def way_for(tokens: int, layout: Sequence[int], dtype: torch.dtype, words: Tenso
     return "blocks" if tokens <= THRESHOLDS.blocks and not writes_bf16(layout, dtype) else "dense"
 
 
-def _can_decode(layout: Sequence[int]) -> bool:
+def written_in_cuda(layout: Sequence[int]) -> bool:
+    """Return whether kernels in CUDA C++ know such layers: phase codes, scales of the tensor or of rows."""
     kind, stages, granularity = layout[:3]
     return kind == 0 and stages <= 4 and granularity != 2
 
 
 def takes_few(tokens: int, layout: Sequence[int], dtype: torch.dtype, words: Tensor) -> bool:
     """Return whether "decode" multiplies such words."""
-    if not _can_decode(layout) or why_no_cuda() is not None:
+    if not written_in_cuda(layout) or why_no_cuda() is not None:
         return False
     from .cuda import decode
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from test_resume import KILLED, assert_same_end, inputs, straight, train  # noqa: F401  # fixtures
+from test_resume import assert_goes_on, inputs, straight  # noqa: F401  # fixtures
 from torch import nn
 from transformers import TrainerControl, TrainerState
 
@@ -60,13 +60,7 @@ def test_it_is_active_before_the_share_is_one_and_while_training_lasts():
 @pytest.mark.parametrize("method", ["learned", pytest.param("v2", marks=pytest.mark.slow)])
 def test_a_run_killed_while_it_anneals_goes_on_as_if_nothing_had_been(inputs, straight, tmp_path, method):  # noqa: F811
     kind = {"method": method, "accumulation": 2, "world": 1, "anneal": 0.75}
-    whole, losses = straight(**kind)
-    output = tmp_path / "out"
-    codes, first = train(inputs, output, **kind, death=("step", 5))  # the last checkpoint is that of step 3
-    assert (codes, first) == (KILLED, losses[:4])
-    codes, second = train(inputs, output, **kind, resume=True)
-    assert (codes, second) == ([0], losses[3:])
-    assert_same_end(whole, output)
+    whole = assert_goes_on(inputs, straight, tmp_path / "out", kind, 5)
     plain, _ = straight(**{**kind, "anneal": 0.0})
     one, other = (load_file(path / "model.safetensors") for path in (whole, plain))
     assert any(not torch.equal(one[name], other[name]) for name in one)

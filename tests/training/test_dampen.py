@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_resume import KILLED, assert_same_end, inputs, straight, train  # noqa: F401  # fixtures
+from test_resume import assert_goes_on, inputs, straight  # noqa: F401  # fixtures
 from torch import nn
 from transformers import TrainerState
 
@@ -37,13 +37,7 @@ def test_weights_are_pulled_by_the_rate_and_the_steps_done(fan_in_fan_out, rate,
 @pytest.mark.parametrize("method", ["learned", pytest.param("v2", marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(inputs, straight, tmp_path, method):  # noqa: F811
     kind = {"method": method, "accumulation": 2, "world": 1, "dampen": 5.0}
-    whole, losses = straight(**kind)
-    output = tmp_path / "out"
-    codes, first = train(inputs, output, **kind, death=("step", 5))  # the last checkpoint is that of step 3
-    assert (codes, first) == (KILLED, losses[:4])
-    codes, second = train(inputs, output, **kind, resume=True)
-    assert (codes, second) == ([0], losses[3:])
-    assert_same_end(whole, output)
+    whole = assert_goes_on(inputs, straight, tmp_path / "out", kind, 5)
     plain, _ = straight(**{**kind, "dampen": 0.0})
     one, other = (load_file(path / "model.safetensors") for path in (whole, plain))
     assert any(not torch.equal(one[name], other[name]) for name in one)

@@ -94,6 +94,19 @@ def folders(output):
     return sorted(path.name for path in output.iterdir() if path.is_dir())
 
 
+def assert_goes_on(inputs, straight, output, kind, death):
+    """Check that a run that is killed behind a step is resumed from that of step 3 as if nothing had been."""
+    whole, losses = straight(**kind)
+    codes, first = train(inputs, output, **kind, death=("step", death))  # the last checkpoint is that of step 3
+    assert codes == KILLED * kind["world"]
+    assert first == losses[: death - 1]
+    codes, second = train(inputs, output, **kind, resume=True)
+    assert codes == [0] * kind["world"]
+    assert second == losses[3:]
+    assert_same_end(whole, output)
+    return whole
+
+
 KINDS = [(method, accumulation, world) for world in (1, 2) for accumulation in (1, 2) for method in METHODS]
 QUICK = [("v2", 2, 1), ("learned", 1, 2)]
 
@@ -104,15 +117,7 @@ QUICK = [("v2", 2, 1), ("learned", 1, 2)]
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_been(inputs, straight, tmp_path, method, accumulation, world):
     kind = {"method": method, "accumulation": accumulation, "world": world}
-    whole, losses = straight(**kind)
-    output = tmp_path / "out"
-    codes, first = train(inputs, output, **kind, death=("step", 6))  # the last checkpoint is that of step 3
-    assert codes == KILLED * world
-    assert first == losses[:5]
-    codes, second = train(inputs, output, **kind, resume=True)
-    assert codes == [0] * world
-    assert second == losses[3:]
-    assert_same_end(whole, output)
+    assert_goes_on(inputs, straight, tmp_path / "out", kind, 6)
 
 
 @pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])

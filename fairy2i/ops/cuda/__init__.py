@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # what kernels are told of a dtype
 SMALL = 48 << 10  # bytes of shared memory that need no leave
 _DYNAMIC_MEMORY, _SHARED_PERCENT, _LOCAL_BYTES, _REGISTERS = 8, 9, 3, 4  # CU_FUNC_ATTRIBUTE_...
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import Kernel, kernel
+from ..gpu import written_in_cuda
+from . import KINDS, Kernel, kernel
 
 SOURCE = Path(__file__).with_name("decode.cu")
-KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 SUMS = 16 << 10  # bytes of parts of sums that wait for each other, for each token or 4 of halves at most
 MOST = 16  # tokens
 Layout = Sequence[int]
@@ -174,11 +174,10 @@ def chip(device: torch.device) -> Chip:
 
 def takes(layout: Layout, words: Tensor, tokens: int, dtype: torch.dtype, config: Config | None = None) -> bool:
     """Return whether the kernel multiplies such words: phase codes, scales of the tensor or of rows, few tokens."""
-    kind, stages, granularity = layout[:3]
     most = 2 if dtype == torch.float32 else MOST
-    if kind != 0 or stages > 4 or granularity == 2 or not 0 < tokens <= most:
+    if not written_in_cuda(layout) or not 0 < tokens <= most:
         return False
-    return _planned(tuple(words.shape), stages, tokens, dtype, chip(words.device), config) is not None
+    return _planned(tuple(words.shape), layout[1], tokens, dtype, chip(words.device), config) is not None
 
 
 def source(shape: Sequence[int], stages: int, dtype: torch.dtype, aligned: bool, found: Plan) -> str:

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import Kernel, driver, kernel
+from ..gpu import written_in_cuda
+from . import KINDS, Kernel, driver, kernel
 
 SOURCE = Path(__file__).with_name("wide.cu")
 ROWS = 64  # of the codes in a block
 STEP = 64  # columns of the codes
 THREADS = 384
 MEMORY = 233472  # bytes of shared memory of a processor; of each block the driver takes 1024
-BIAS_KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 Layout = Sequence[int]
 
 
@@ -43,8 +43,7 @@ class Config:
 
 def takes(layout: Layout, dtype: torch.dtype, features: int) -> bool:
     """Return whether the kernel multiplies such layers: phase codes, scales of the tensor or of rows, bf16."""
-    kind, stages, granularity = layout[:3]
-    return kind == 0 and stages <= 4 and granularity != 2 and dtype == torch.bfloat16 and features % 16 == 0
+    return written_in_cuda(layout) and dtype == torch.bfloat16 and features % 16 == 0
 
 
 # Microseconds of a step on an H100, for each number of tokens and blocks of a processor: measured with 64, 128 and 256
@@ -191,7 +190,7 @@ def arguments(
     chunks, _, n, _, _ = words.shape
     return [
         _pointer(words), _pointer(scales), _pointer(bias),
-        ctypes.c_int(0 if bias is None else BIAS_KINDS[bias.dtype]), _pointer(places), _pointer(y),
+        ctypes.c_int(0 if bias is None else KINDS[bias.dtype]), _pointer(places), _pointer(y),
         ctypes.c_int(x.shape[0]), ctypes.c_int(y.shape[1]), ctypes.c_int(n),
         ctypes.c_int(x.shape[1] // 2), ctypes.c_int(chunks), ctypes.c_longlong(words.stride(0)),
         ctypes.c_longlong(words.stride(1)), ctypes.c_int(shared),

@@ -1,16 +1,10 @@
-// What ops/cuda/decode.cu takes from the machine, for g++: every CUDA thread is a fibre, and gives way where it waits.
+// What ops/cuda/decode.cu takes from the machine, for g++.
 // Asynchronous copies happen where they are waited for, so that memory which is read too early, or is asked for again
 // before it was read, shows as wrong results. Fragments of mma m16n8k32 and m16n8k16 are laid out as the PTX ISA says.
 // The blocks of a cluster run at the same time, clusters one after the other.
-#include <ucontext.h>
-
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <memory>
-#include <vector>
+
+#include "fibres.h"
 
 #define DEVICE inline
 #define __global__
@@ -21,9 +15,6 @@ struct alignas(8) Two { u32 v[2]; };
 struct alignas(16) Four { u32 v[4]; };
 struct Index { int x; };
 
-struct Meeting { // a barrier of `size` fibres
-    int size = 0, here = 0, round = 0;
-};
 struct Block {
     int index, running; // fibres
     Meeting meeting;
@@ -35,35 +26,20 @@ struct Warp {
     u32 values[32], a[32][4], b[32][2];
 };
 struct Copy { void *to; const void *from; int bytes; };
-struct Fibre {
-    ucontext_t context;
-    std::unique_ptr<char[]> stack;
+struct Fibre : BareFibre {
     Block *block;
     Warp *warp;
     int thread;
-    bool done = false;
     std::vector<std::vector<Copy>> groups;
     std::vector<Copy> open;
 };
-static Fibre *current;
-static ucontext_t scheduler;
 static Index gridDim;
 static Meeting all; // of a cluster
 static std::vector<Block> blocks;
-static long idle; // switches since something happened
+#define current static_cast<Fibre *>(running)
 #define threadIdx (Index{current->thread})
 #define blockIdx (Index{current->block->index})
 #define memory (current->block->start)
-
-inline void meet(Meeting &m) {
-    const int round = m.round;
-    if (++m.here == m.size) m.here = 0, m.round++, idle = 0;
-    while (m.round == round) swapcontext(&current->context, &scheduler);
-}
-inline void fail(const char *what) {
-    std::fprintf(stderr, "on the CPU: %s\n", what);
-    std::abort();
-}
 
 template <int BYTES> void copy_async(void *to, const void *from) {
     if ((u64)to % BYTES || (u64)from % BYTES) fail("a copy that is not aligned");
@@ -95,13 +71,17 @@ inline void shared_max(u32 *to, u32 value) { *to = *to > value ? *to : value; }
 inline Warp &warp_here() { return *current->warp; }
 inline int lane_here() { return current->thread % 32; }
 
-inline void mma(int *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+inline Warp &with_operands(u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     Warp &w = warp_here();
-    const int lane = lane_here(), g = lane / 4, t = lane % 4;
     const u32 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
-    std::memcpy(w.a[lane], a, sizeof a);
-    std::memcpy(w.b[lane], b, sizeof b);
+    std::memcpy(w.a[lane_here()], a, sizeof a);
+    std::memcpy(w.b[lane_here()], b, sizeof b);
     meet(w.meeting);
+    return w;
+}
+inline void mma(int *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    const int lane = lane_here(), g = lane / 4, t = lane % 4;
+    Warp &w = with_operands(a0, a1, a2, a3, b0, b1);
     const auto byte = [](u32 word, int i) { return (int)(signed char)(word >> 8 * i); };
     for (int i = 0; i < 4; i++) {
         const int row = g + 8 * (i / 2), column = 2 * t + i % 2;
@@ -113,12 +93,8 @@ inline void mma(int *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 }
 inline float half_at(u32 word, int i) { const u16 bits = (u16)(word >> 16 * i); _Float16 h; std::memcpy(&h, &bits, 2); return (float)h; }
 inline void mma(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    Warp &w = warp_here();
     const int lane = lane_here(), g = lane / 4, t = lane % 4;
-    const u32 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
-    std::memcpy(w.a[lane], a, sizeof a);
-    std::memcpy(w.b[lane], b, sizeof b);
-    meet(w.meeting);
+    Warp &w = with_operands(a0, a1, a2, a3, b0, b1);
     for (int i = 0; i < 4; i++) {
         const int row = g + 8 * (i / 2), column = 2 * t + i % 2;
         float sum = 0.0f;
@@ -144,8 +120,6 @@ inline u32 warp_max(u32 value) {
         return most;
     });
 }
-inline float of_bits(u32 bits) { float f; std::memcpy(&f, &bits, 4); return f; }
-inline u32 bits_of(float f) { u32 bits; std::memcpy(&bits, &f, 4); return bits; }
 #define __uint_as_float(x) of_bits(x)
 #define __float_as_uint(x) bits_of(x)
 inline float from_lane_xor(float value, int other) {
@@ -168,17 +142,9 @@ inline u16 to_bfloat(float x) {
 }
 inline u32 to_halves(float low, float high) { return to_half(low) | (u32)to_half(high) << 16; }
 
-static std::function<void()> body;
-inline void start_fibre() {
-    body();
-    current->done = true;
-    current->block->running--;
-    idle = 0;
-    swapcontext(&current->context, &scheduler);
-}
 // Run blocks of threads, one cluster of them after the other.
 inline void run_blocks(int grid, int together, int threads, int bytes, std::function<void()> kernel) {
-    body = kernel;
+    body = [=] { kernel(), current->block->running--; };
     gridDim.x = grid;
     if (grid % together) fail("a cluster that is not whole");
     for (int first = 0; first < grid; first += together) {
@@ -196,25 +162,10 @@ inline void run_blocks(int grid, int together, int threads, int bytes, std::func
             for (int thread = 0; thread < threads; thread++) {
                 auto fibre = std::make_unique<Fibre>();
                 fibre->thread = thread, fibre->block = &block, fibre->warp = &warps[(i * threads + thread) / 32];
-                constexpr int STACK = 65536;
-                fibre->stack.reset(new char[STACK]);
-                getcontext(&fibre->context);
-                fibre->context.uc_stack.ss_sp = fibre->stack.get();
-                fibre->context.uc_stack.ss_size = STACK;
-                fibre->context.uc_link = nullptr;
-                makecontext(&fibre->context, start_fibre, 0);
+                prepare(*fibre);
                 fibres.push_back(std::move(fibre));
             }
         }
-        for (bool left = true; left;) {
-            left = false;
-            if (idle++ > 1000) fail("all threads wait");
-            for (auto &fibre : fibres)
-                if (!fibre->done) {
-                    left = true;
-                    current = fibre.get();
-                    swapcontext(&scheduler, &current->context);
-                }
-        }
+        run_all(fibres);
     }
 }

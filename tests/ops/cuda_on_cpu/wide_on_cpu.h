@@ -1,16 +1,11 @@
-// What ops/cuda/wide.cu takes from the machine, for g++: every CUDA thread is a fibre, and gives way where it waits.
+// What ops/cuda/wide.cu takes from the machine, for g++.
 // wgmma happens where it is waited for, so that memory that is given back too early shows as wrong results. The layouts
 // are those of the PTX ISA: fragments of wgmma m64nNk16, descriptors, and the swizzle of 128 bytes by address bits.
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <map>
-#include <memory>
-#include <vector>
+
+#include "fibres.h"
 
 #define DEVICE inline
 #define __global__
@@ -19,9 +14,6 @@
 struct float4 { float x, y, z, w; };
 struct Index { int x, y, z; };
 
-struct Meeting { // a barrier of `size` fibres
-    int size = 0, here = 0, round = 0;
-};
 struct Arrivals { // an mbarrier
     int count = 0, pending = 0, bytes = 0, phase = 0;
     void check() { if (pending == 0 && bytes == 0) pending = count, phase ^= 1; }
@@ -43,31 +35,18 @@ struct Block {
     Warpgroup groups[2];
 };
 struct Cluster { std::vector<std::unique_ptr<Block>> blocks; Meeting all; };
-struct Fibre {
-    ucontext_t context;
-    std::unique_ptr<char[]> stack;
+struct Fibre : BareFibre {
     Block *block;
     Index thread;
-    bool done = false;
     int issued = 0, finished = 0;       // products
     std::vector<int> groups;            // products up to each commit
     float *sums = nullptr;
 };
-static Fibre *current;
-static ucontext_t scheduler;
-static long idle;                       // switches since something happened
+#define current static_cast<Fibre *>(running)
 #define threadIdx (current->thread)
 #define blockIdx (current->block->index)
 static char memory[1];
 static Index gridDim;
-
-inline void give_way() { swapcontext(&current->context, &scheduler); }
-inline void meet(Meeting &m) {
-    const int round = m.round;
-    if (++m.here == m.size) m.here = 0, m.round++, idle = 0;
-    while (m.round == round) give_way();
-}
-inline void fail(const char *what) { std::fprintf(stderr, "on the CPU: %s\n", what); std::abort(); }
 
 DEVICE unsigned shared_address(const void *) { return 1040; } // not aligned: the kernel does that
 DEVICE unsigned cluster_rank() { return current->block->rank; }
@@ -163,8 +142,6 @@ DEVICE void before_fetching() {}
 DEVICE void more_registers() {}
 DEVICE void fewer_registers() {}
 
-inline float of_bits(unsigned bits) { float f; std::memcpy(&f, &bits, 4); return f; }
-inline unsigned bits_of(float f) { unsigned bits; std::memcpy(&bits, &f, 4); return bits; }
 #define __float_as_int(x) ((int)bits_of(x))
 #define __int_as_float(x) of_bits((unsigned)(x))
 #define __float_as_uint(x) bits_of(x)
@@ -247,13 +224,6 @@ template <int N> DEVICE void mma_wait() {
     meet(g.meeting);
 }
 
-static void (*body)();
-inline void start_fibre() {
-    body();
-    current->done = true;
-    idle = 0;
-    give_way();
-}
 // Run a cluster of blocks of 384 threads.
 inline void run_cluster(int x0, int pair, int split, int bytes, void (*kernel)()) {
     body = kernel;
@@ -272,26 +242,11 @@ inline void run_cluster(int x0, int pair, int split, int bytes, void (*kernel)()
             auto fibre = std::make_unique<Fibre>();
             fibre->block = block.get();
             fibre->thread = {thread, 0, 0};
-            constexpr int SIZE = 65536;
-            fibre->stack.reset(new char[SIZE]);
-            getcontext(&fibre->context);
-            fibre->context.uc_stack.ss_sp = fibre->stack.get();
-            fibre->context.uc_stack.ss_size = SIZE;
-            fibre->context.uc_link = nullptr;
-            makecontext(&fibre->context, start_fibre, 0);
+            prepare(*fibre);
             fibres.push_back(std::move(fibre));
         }
         cluster.blocks.push_back(std::move(block));
     }
     cluster.all.size = 384 * pair * split;
-    for (bool left = true; left;) {
-        left = false;
-        if (idle++ > 1000) fail("all threads wait");
-        for (auto &fibre : fibres)
-            if (!fibre->done) {
-                left = true;
-                current = fibre.get();
-                swapcontext(&scheduler, &current->context);
-            }
-    }
+    run_all(fibres);
 }
