@@ -3,7 +3,7 @@
     python benchmarks/bench_inference.py --out inference.json              # kernels, under three minutes
     python benchmarks/bench_inference.py --parts model --out model.json    # LLaMA-2-7B's shape; compiling takes minutes
     python benchmarks/bench_inference.py --check                           # no times: kernels against PyTorch
-    python benchmarks/bench_inference.py --tune --out tune.json            # block sizes, warps, splits; the thresholds
+    python benchmarks/bench_inference.py --tune --out tune.json            # how decode is launched; the thresholds
     TRITON_INTERPRET=1 python benchmarks/bench_inference.py --device cpu   # that it runs, on small shapes
 
 Weights are random codes: speed and size, never quality. A call is one in a CUDA graph that goes through so many copies
@@ -11,14 +11,12 @@ of the weights that each has left the cache when its turn comes. Competitors tak
 work and the clock meet all of them; times are medians over the rounds with the lowest and the highest. The limit is
 what a copy moves in the same run, counting both directions; launch_us is a kernel that does nothing. The model decodes
 greedily from a prompt of 128 tokens, with a static cache and `torch.compile(mode="reduce-overhead")` of the whole
-model, ours and nn.Linear alike. --check and --tune use several processes, as most of their time is waiting for the
-compiler. --tune ends with lines for `TUNED` of ops/triton/multiply.py and ops/cuda/decode.py, and with `Thresholds` of
-ops/gpu.py.
+model, ours and nn.Linear alike. --check uses several processes, as most of its time is waiting for the compiler.
+--tune ends with lines for `TUNED` of ops/cuda/decode.py, and with `Thresholds` of ops/gpu.py.
 """
 
 import argparse
 import concurrent.futures
-import contextlib
 import copy
 import functools
 import gc
@@ -38,7 +36,6 @@ from torch import Tensor, nn
 from fairy2i import PackedLinear, PhaseScheme, RealScheme
 from fairy2i.ops import gpu
 from fairy2i.ops.inference import code_rows_and_columns, layout_of
-from fairy2i.ops.triton import power
 from fairy2i.packed import use_backend
 from fairy2i.packing import pack_codes
 from fairy2i.schemes import Scheme
@@ -52,6 +49,8 @@ KINDS: dict[str, Scheme] = {
     "W1": PhaseScheme(stages=1),
     "W3": PhaseScheme(stages=3),
     "W4": PhaseScheme(stages=4),
+    "binary": RealScheme(levels=2),
+    "ternary": RealScheme(levels=3),
 }
 TUNED_KINDS = ("W2", "W1")
 JOINED = [(12288, 4096), (22016, 4096)]  # q, k, v and gate, up of the model, which are one call each
@@ -223,8 +222,6 @@ def measure_kernels(args: argparse.Namespace) -> dict[str, Any]:
         for kind, scheme in KINDS.items():
             if kind.startswith("W2") or tokens in FEW:
                 calls[kind] = packed_call(scheme, shape, x, None)
-        if tokens <= gpu.THRESHOLDS.decode and gpu.why_no_cuda() is None:
-            calls["W2 planes"] = packed_call(KINDS["W2"], shape, x, "planes")
         if 16 <= tokens:
             calls |= {f"W2 {way}": packed_call(KINDS["W2"], shape, x, way) for way in ways(tokens)}
         if tokens in FEW and args.device == "cuda":
@@ -261,113 +258,63 @@ def ways(tokens: int) -> list[str]:
     return [*(["planes", "blocks"] if tokens <= 64 else []), *wide, "dense"]
 
 
-def candidates(tokens: int) -> Iterable[Any]:
-    """Return configurations of the planes kernel to try."""
-    from fairy2i.ops.triton.multiply import Config
-
-    for signs, warps, split, inner, depth, magic in itertools.product(
-        (32, 64, 128, 256), (1, 2, 4, 8), (1, 2, 4), (1, 2, 4), (2, 4), (True, False)
-    ):
-        few = tokens * inner <= 16 and (inner == 1 or tokens <= 4)
-        if 32 <= signs * inner // warps <= 128 and few and (magic or (depth, split) == (2, 1)):
-            yield Config(signs=signs, warps=warps, split=split, depth=depth, magic=magic, inner=inner)
-
-
 def decode_candidates(tokens: int) -> Iterable[Any]:
     """Return configurations of the kernel for few tokens to try."""
     from fairy2i.ops.cuda.decode import Config
 
-    if tokens <= 4:
-        for (warps, blocks), words, depth, parts in itertools.product(
-            ((16, 1), (8, 1), (8, 2), (4, 2)), (2, 4), (2, 3, 4, 6), (0, 2, 4, 8)
-        ):
-            if parts <= warps:
-                yield Config(warps=warps, words=words, depth=depth, blocks=blocks, parts=parts)
-    if tokens > 2:
-        for warps, depth, ranges in itertools.product((16, 8), (3, 4, 6), (1, 2, 4)):
+    if tokens <= 2:
+        for (warps, blocks), depth, parts in itertools.product(((16, 1), (8, 1), (8, 2), (4, 2)), (2, 3, 4), (0, 2, 4)):
+            yield Config(warps=warps, depth=depth, blocks=blocks, parts=parts)
+    else:
+        for warps, depth, ranges in itertools.product((16, 8), (2, 3, 4), (1, 2, 4)):
             yield Config(warps=warps, depth=depth, ranges=ranges, halves=True)
 
 
-def run_copies(way: str, copies: list[Tensor], scales: Tensor, layout: Any, x: Tensor, y: Tensor, config: Any) -> None:
-    """Multiply with each copy."""
+def run_copies(copies: list[Tensor], scales: Tensor, layout: Any, x: Tensor, y: Tensor, config: Any) -> None:
+    """Multiply with each copy by decode."""
     from fairy2i.ops.cuda import decode
-    from fairy2i.ops.triton import multiply
 
-    run = decode.multiply if way == "decode" else getattr(multiply, way)
     for words in copies:
-        run(x, words, scales, None, y, layout, None, config)
-
-
-def tuning_cases(args: argparse.Namespace) -> list[tuple[str, int, str, tuple[int, int], list[Any]]]:
-    """Return what to tune: way, tokens, kind, shape and configurations."""
-    found: list[tuple[str, int, str, tuple[int, int], list[Any]]] = []
-    for tokens in args.tokens:
-        for kind, shape in itertools.product(TUNED_KINDS, args.shapes):
-            if tokens <= gpu.THRESHOLDS.decode and gpu.why_no_cuda() is None:
-                found.append(("decode", tokens, kind, shape, list(decode_candidates(tokens))))
-            if tokens <= 16:
-                found.append(("planes", tokens, kind, shape, list(candidates(tokens))))
-    return found
-
-
-def compile_some(args: argparse.Namespace, part: int, parts: int) -> bool:
-    """Fill Triton's cache on disk: every so many of what --tune will try."""
-    jobs = [
-        (way, tokens, kind, shape, config)
-        for way, tokens, kind, shape, configs in tuning_cases(args)
-        for config in configs
-        if shape == args.shapes[0] and way != "decode"  # whose compiler is fast, and keeps nothing on disk
-    ]
-    for way, count, kind, shape, config in jobs[part::parts]:
-        words, scales, layout = random_words(KINDS[kind], shape, args.device)
-        x = torch.randn(count, shape[1], device=args.device).to(args.dtype)
-        with contextlib.suppress(Exception):  # the sweep meets and shows it again
-            run_copies(way, [words], scales, layout, x, x.new_empty(count, shape[0]), config)
-    return True
+        decode.multiply(x, words, scales, None, y, layout, None, config)
 
 
 def tune(args: argparse.Namespace) -> dict[str, Any]:
-    """Sweep configurations of the kernels, and where another way is faster."""
+    """Sweep configurations of decode, and where another way than dense is faster."""
     from fairy2i.ops.cuda import decode
 
-    found: dict[str, Any] = {"best": {}, "paste": {"decode": [], "planes": []}, "ways": {}}
+    found: dict[str, Any] = {"best": {}, "paste": [], "ways": {}}
     begin = time.monotonic()
-    if args.device == "cuda":
-        in_processes(compile_some, args, args.budget / 2)
-        print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
-    cases = tuning_cases(args)
+    few = [tokens for tokens in args.tokens if tokens <= gpu.THRESHOLDS.decode and gpu.why_no_cuda() is None]
+    cases = list(itertools.product(few, TUNED_KINDS, args.shapes))
     end = begin + args.budget * 0.85
-    for i, (way, tokens, kind, shape, configs) in enumerate(cases):
+    for i, (tokens, kind, shape) in enumerate(cases):
         share = time.monotonic() + (end - time.monotonic()) / (len(cases) - i)
-        scheme = KINDS[kind]
+        configs = list(decode_candidates(tokens))
         x = torch.randn(tokens, shape[1], device=args.device).to(args.dtype)
-        words, scales, layout = random_words(scheme, shape, args.device)
+        words, scales, layout = random_words(KINDS[kind], shape, args.device)
         copies = [words] + [words.clone() for _ in range(min(CACHE // words.nbytes, 63) if x.is_cuda else 0)]
         y = x.new_empty(tokens, shape[0])
         rows: list[tuple[float, Any]] = []
         for config in configs:
             if time.monotonic() > share and rows:
                 break
-            call = functools.partial(run_copies, way, copies, scales, layout, x, y, config)
+            call = functools.partial(run_copies, copies, scales, layout, x, y, config)
             try:
                 timer = Timer(call, len(copies), args.device)
                 rows.append((round(min(timer() for _ in range(5)), 2), config))
             except Exception as error:
-                found.setdefault("failed", {})[f"{way} {kind} {shape} {tokens} {config}"] = f"{error}"[:200]
+                found.setdefault("failed", {})[f"{kind} {shape} {tokens} {config}"] = f"{error}"[:200]
         if not rows:
             continue
         rows.sort(key=lambda row: row[0])
-        chunks, _, n, signs, _ = words.shape
-        two = (layout[1], decode.compiled_tokens(tokens)) if way == "decode" else (signs, power(tokens))
-        key = str((n, chunks, *two))
+        key = str((words.shape[2], words.shape[0], layout[1], decode.compiled_tokens(tokens)))
         best = [f"{us} {config}" for us, config in rows[:8]]
         found["best"][f"{kind} {shape} {tokens}"] = {"key": key, "tried": len(rows), "best": best}
         line = f"    {key}: {rows[0][1]},  # {rows[0][0]} us, {kind} {shape[0]}x{shape[1]}, {tokens} tokens"
-        found["paste"][way].append(line)
+        found["paste"].append(line)
         rate = words.nbytes / rows[0][0] / 1e3
         print(f"{kind} {shape} {tokens}: {best[0]}, {rate:.0f} GB/s, of {len(rows)}/{len(configs)}; then {best[1:3]}")
-    for way, lines in found["paste"].items():
-        print("\n".join([f"TUNED = {{  # {way}", *lines, "}"]), flush=True)
+    print("\n".join(["TUNED = {", *found["paste"], "}"]), flush=True)
     end = begin + args.budget
     faster: dict[str, list[int]] = {"planes": [], "wide": []}
     can = gpu.why_no_cuda("wide") is None and args.dtype == torch.bfloat16
@@ -375,7 +322,7 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
         if time.monotonic() > end:
             break
         x = torch.randn(tokens, shape[1], device=args.device).to(args.dtype)
-        tried = ["wide", "planes" if tokens <= 64 else "dense"]
+        tried = ["wide", "dense", *(["planes"] if tokens <= 64 else [])]
         calls = {way: packed_call(KINDS["W2"], shape, x, way) for way in tried}
         timers = {way: Timer(call, count, args.device) for way, (call, count, _) in calls.items()}
         found["ways"][f"{shape[0]}x{shape[1]}, {tokens} tokens"] = row = take_turns(timers, 5)
@@ -401,7 +348,7 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
 def check_some(args: argparse.Namespace, part: int, parts: int) -> dict[str, Any]:
     """Check every so many of the cases."""
     schemes: list[Scheme] = [*KINDS.values(), PhaseScheme(stages=2, granularity="tile", tile=40)]
-    schemes += [PhaseScheme(rotation=64), *(RealScheme(levels=levels) for levels in (2, 3))]
+    schemes += [PhaseScheme(rotation=64), PhaseScheme(stages=5)]
     big = [(130, 258), (1002, 336), (34, 16386)] if args.device == "cuda" else [(6, 34)]
     bad, count = [], 0
     cases = [
@@ -421,7 +368,9 @@ def check_some(args: argparse.Namespace, part: int, parts: int) -> dict[str, Any
             for way in ("decode", "planes", "wide", "blocks", "dense"):
                 if way == "decode" and not (tokens <= 16 and gpu.takes_few(tokens, layout, dtype, words)):
                     continue
-                if way == "wide" and not gpu.takes_wide(layout, dtype, columns):
+                if way == "wide" and not gpu.takes_wide(layout, dtype, columns, words.device):
+                    continue
+                if way in ("planes", "blocks") and dtype == torch.float32:
                     continue
                 if way == "planes" and (scheme.granularity == "tile" or tokens > 70):
                     continue
@@ -477,25 +426,27 @@ class Decoder:
     """Greedy decoding, step by step, with a static cache and a compiled forward."""
 
     def __init__(self, model: Any, args: argparse.Namespace) -> None:
+        from transformers import StaticCache
+
         self.model, self.args = model, args
+        # one for all runs: what is compiled, and CUDA graphs, know where it lies
+        self.cache = StaticCache(config=model.config, max_cache_len=args.prompt + 160)
         mode: Any = {"mode": "reduce-overhead"} if args.device == "cuda" else {"backend": "aot_eager"}
         self.forward = torch.compile(model.forward, fullgraph=True, dynamic=False, **mode)
 
     def __call__(self, new: int, prompt: int) -> tuple[float, float]:
         """Return seconds of the prompt and of so many tokens after the first."""
-        from transformers import StaticCache
-
-        cache = StaticCache(config=self.model.config, max_cache_len=prompt + 160)
+        self.cache.reset()
         ids = torch.ones(1, prompt, dtype=torch.long, device=self.args.device)
         wait = torch.cuda.synchronize if self.args.device == "cuda" else lambda: None
         wait()
         start = time.perf_counter()
-        token = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        token = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
         wait()
         middle = time.perf_counter()
         for step in range(new):
             place = torch.full((1, 1), prompt + step, device=self.args.device)
-            out = self.forward(input_ids=token, position_ids=place, past_key_values=cache, use_cache=True)
+            out = self.forward(input_ids=token, position_ids=place, past_key_values=self.cache, use_cache=True)
             token = out.logits[:, -1:].argmax(-1)
         wait()
         return middle - start, time.perf_counter() - middle

@@ -37,7 +37,7 @@ from .loading import (
 from .ops import cpu, gpu
 from .packed import BACKENDS as PACKED_BACKENDS
 from .packed import DEFAULT as PACKED_DEFAULT
-from .packed import keep_dense_weights, use_backend
+from .packed import Backend, keep_dense_weights, use_backend
 from .plotting import WeightHistograms, check_plot_file, draw
 from .saving import atomic_folder
 from .schemes import PhaseScheme
@@ -398,6 +398,15 @@ def _layer_table(layers: Sequence[LayerInfo], total: dict[str, Any]) -> str:
     return f"{table}\n\n{len(layers)} layers, {weights}{error}; {size}"
 
 
+def named_backend(backend: Backend, device: torch.device) -> Backend:
+    """Return what "auto" is on a device where that has kernels: by name, a layer that they do not take is an error."""
+    if backend != "auto" or PACKED_DEFAULT != "auto":
+        return backend
+    if gpu.auto_takes(device):
+        return "gpu"
+    return "cpu_exact" if device.type == "cpu" and not cpu.why_off() else backend
+
+
 def run_generate(args: argparse.Namespace) -> None:
     """Continue a prompt and print the text as it comes."""
     if args.temperature < 0 or not 0 < args.top_p <= 1:
@@ -406,9 +415,7 @@ def run_generate(args: argparse.Namespace) -> None:
     model: Any = loaded.eval()
     tokenizer: Any = anything
     move_to_device(model, args.device)
-    backend = args.backend
-    if backend == "auto" and torch.device(args.device).type == "cpu" and PACKED_DEFAULT == "auto" and not cpu.why_off():
-        backend = "cpu_exact"
+    backend = named_backend(args.backend, torch.device(args.device))
     fast: dict[str, Any] = {}
     if args.fast:
         if torch.device(args.device).type != "cuda":

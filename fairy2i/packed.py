@@ -11,7 +11,8 @@ What multiplies is the *backend*, :func:`use_backend`:
     cpu_int8    a CPU kernel that rounds activations to 8 bits, in groups of 256 with a scale each; faster.
     gpu         kernels on an NVIDIA GPU, as exact as the reference: Triton (fairy2i.ops.triton.packed) and, for phase
                 codes whose scales are of tensors or rows, CUDA C++ (fairy2i.ops.cuda).
-    auto        cpu_exact where it can be used: on the CPU, in eval mode, with no gradient to give; else the reference.
+    auto        in eval mode, with no gradient to give, cpu_exact on the CPU and, if `fairy2i.ops.gpu.AUTO` is true, gpu
+                on a GPU, where they can be used; else the reference.
                 The environment variable FAIRY2I_BACKEND makes it another one, for a whole process.
 
 A kernel wants codes in another order. A layer repacks them at the first call and then holds that form alone, as the
@@ -235,9 +236,12 @@ class PackedLinear(nn.Module):
             return backend
         problem = None
         kernel = self._kernel
-        if kernel is not None and kernel.mode_name == backend and (x is None or x.dtype in cpu.DTYPES):
-            return backend  # as at the call before: a move of the layer lets its kernel go
-        on_gpu = backend in gpu.MODES or (backend == "auto" and gpu.AUTO and self.scales.is_cuda)
+        if kernel is not None and (x is None or x.dtype in cpu.DTYPES):  # a move of the layer lets its kernel go
+            if kernel.mode_name == backend:
+                return backend
+            if backend == "auto" and gpu.AUTO and kernel.memory[1].is_cuda and not (self.training or self.keep_dense):
+                return kernel.mode_name
+        on_gpu = backend in gpu.MODES or (backend == "auto" and gpu.auto_takes(self.scales.device))
         if on_gpu and not gpu.takes(self.scales.device):
             problem = gpu.why_off() or f"the layer is on {self.scales.device}"
         elif not on_gpu and self.scales.device.type != "cpu":
@@ -363,6 +367,7 @@ class PackedLinear(nn.Module):
             return F.linear(x, self.dense_weight_as(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         if not compiling and (self._kernel is None or self._kernel.scales != self.scales.data_ptr()):
             self._repacked(backend)
+            _join([self, *self._siblings])  # after a move, which parted them
         group = self._group
         if group is not None and any(layer._ahead is not None for layer in group.layers):
             group.dissolve()  # one was not asked about the same input, the time before
@@ -378,6 +383,14 @@ class PackedLinear(nn.Module):
         for layer, output in zip(group.layers[1:], outputs[1:], strict=True):
             layer._ahead = (x, version, None, output)
         return outputs[0]
+
+    def _on_gpu(self) -> bool:
+        """Return whether kernels on a GPU multiply, from the first call on if not yet."""
+        backend = DEFAULT if self.backend == "auto" else self.backend
+        if backend == "auto":
+            return gpu.auto_takes(self.scales.device) and self.backend_for() in gpu.MODES
+        offloaded = getattr(getattr(self, "_hf_hook", None), "offload", False)
+        return backend in gpu.MODES and gpu.takes(self.scales.device) and not offloaded
 
     def _compile(self, dtype: torch.dtype) -> None:
         """Compile now what multiplies single tokens of a dtype on a GPU, for the layer or its group."""
@@ -408,8 +421,7 @@ class PackedLinear(nn.Module):
     def _repacked(self, backend: str) -> "cpu.Layer | gpu.Layer":
         kernel = self._repack(backend)
         if backend in gpu.MODES:
-            written = gpu.languages(layout_of(self.scheme, backend))
-            _tell(logging.INFO, f"packed layers: {backend}, {written} kernels on {self.scales.device.type}")
+            _tell(logging.INFO, f"packed layers: {backend}, {self._languages()} kernels on {self.scales.device.type}")
             assert kernel is not None
             return kernel
         _tell(logging.INFO, f"packed layers: {backend}, {cpu.instruction_set()}, {torch.get_num_threads()} threads")
@@ -425,12 +437,17 @@ class PackedLinear(nn.Module):
         try:
             used = self.backend_for()
             if used in gpu.MODES:
-                return f"{used} ({gpu.languages(layout_of(self.scheme, used))})"
+                return f"{used} ({self._languages()})"
             if used != "reference":
                 cpu.library()
         except RuntimeError as error:
             return f"off ({error})"
         return used if used == "reference" else f"{used} ({cpu.instruction_set()})"
+
+    def _languages(self) -> str:
+        layout = layout_of(self.scheme, "gpu")
+        shape = code_rows_and_columns(self.out_features, self.in_features, layout[0])
+        return gpu.languages(layout, shape, self.scales.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
         self._repack(None)
@@ -477,7 +494,7 @@ class _Group:
         assert layout is not None
         words = [layer.words for layer in layers]
         rows = [part.shape[2] for part in words if part is not None]
-        self.words = torch.cat([part for part in words if part is not None], dim=2)
+        self.words = gpu.join_words([part for part in words if part is not None])
         self.scales = gpu.group_scales([layer.scales for layer in layers], rows, layout)
         self.layout = (*layout[:2], 1, *layout[3:])  # a scale for each row
         sizes = [layer.out_features for layer in layers]
@@ -497,6 +514,17 @@ class _Group:
         """Let each layer multiply alone again; its words stay where they are."""
         for layer in self.layers:
             layer._group = layer._ahead = None
+
+
+def _join(layers: "list[PackedLinear]") -> None:
+    """Join the words of layers of one input, where kernels on a GPU multiply and take several layers in one call."""
+    if len(layers) == 1 or layers[0].scheme.granularity == "tile" or any(layer._group is not None for layer in layers):
+        return
+    if all(layer._on_gpu() for layer in layers) and len({layer.scales.device for layer in layers}) == 1:
+        for layer in layers:
+            if layer._kernel is None or layer._kernel.mode_name not in gpu.MODES:
+                layer._repacked("gpu")
+        _Group(layers)
 
 
 def watched(x: Tensor) -> bool:
@@ -537,26 +565,23 @@ def use_backend(model: nn.Module, backend: Backend) -> nn.Module:
             offloaded = getattr(getattr(module, "_hf_hook", None), "offload", False)
             if backend in cpu.MODES and module.scales.device.type == "cpu" and not offloaded:
                 module._repacked(backend)
-            if backend in gpu.MODES and gpu.takes(module.scales.device) and not offloaded:
-                module._repacked(backend)
+            if module._on_gpu():
+                module._repacked("gpu")
     for module in model.modules():
         for names in SIBLINGS:
             layers = [getattr(module, name, None) for name in names]
             same = [layer for layer in layers if isinstance(layer, PackedLinear)]
             if len(same) > 1 and len({(layer.in_features, layer.scheme) for layer in same}) == 1:
                 same[0]._siblings = same[1:] if backend != "reference" else []
-                if backend in gpu.MODES and same[0].scheme.granularity != "tile":
-                    if len({layer._layout for layer in same} | {None}) == 2 and same[0]._group is None:
-                        _Group(same)
-    if backend in gpu.MODES:
-        floats = (parameter.dtype for parameter in model.parameters() if parameter.dtype in gpu.DTYPES)
-        dtype = next(floats, torch.get_default_dtype())
-        for module in model.modules():
-            if isinstance(module, PackedLinear):
-                module._compile(dtype)
+                _join(same)
+    ours = [module for module in model.modules() if isinstance(module, PackedLinear) and module._on_gpu()]
+    floats = (parameter.dtype for parameter in model.parameters() if parameter.dtype in gpu.DTYPES)
+    dtype = next(floats, torch.get_default_dtype())
+    for module in ours:
+        module._compile(dtype)
     from .decoding import fuse_decoder_layers
 
-    fuse_decoder_layers(model, on=backend != "reference" and backend not in gpu.MODES)
+    fuse_decoder_layers(model, on=backend != "reference" and backend not in gpu.MODES and not ours)
     return model
 
 

@@ -359,6 +359,19 @@ def test_doctor_shows_versions_and_what_is_missing(monkeypatch, capsys):
     assert "not installed (nothing at all)" in out
 
 
+@pytest.mark.parametrize("taken", [False, True])
+def test_generate_names_the_backend_that_auto_is(taken, monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    monkeypatch.setattr(cli.gpu, "auto_takes", lambda device: taken and device.type == "cuda")
+    monkeypatch.setattr(cli.cpu, "why_off", lambda: None)
+    assert [cli.named_backend("auto", device) for device in (cpu, cuda)] == ["auto", "auto"]  # as tests are run
+    monkeypatch.setattr(cli, "PACKED_DEFAULT", "auto")
+    assert [cli.named_backend("auto", device) for device in (cpu, cuda)] == ["cpu_exact", "gpu" if taken else "auto"]
+    assert cli.named_backend("reference", cuda) == "reference"
+    monkeypatch.setattr(cli.cpu, "why_off", lambda: "no library")
+    assert cli.named_backend("auto", cpu) == "auto"
+
+
 def test_what_the_doctor_says_to_install_is_an_extra_of_the_package():
     project = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
     extras = set(re.findall(r"fairy2i\[(\w+)\]", " ".join(cli.PACKAGES.values())))

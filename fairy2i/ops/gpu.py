@@ -2,6 +2,7 @@
 
 What multiplies is a *way*: "decode" (few tokens) and "wide" (many) are CUDA C++ (ops/cuda), "planes", "blocks" and
 "dense" (cuBLAS, after a kernel has written the weight) are Triton, which does everything where CUDA C++ cannot be used.
+float32 activations have "decode", which adds integers, and "dense": other sums are not as exact as those of PyTorch.
 Both are imported at the first use of a kernel. *Words* are int16 (chunks, passes, n, G, BK): bit k of word
 (c, s, i, g, b) is the sign g of row i and column (16 c + k) BK + b of the codes, 1 for plus (ops/triton/packed.py). A
 pass has the signs of 1, 2 or 4 phase stages, (p, q) of U, then of W, of each; a real layer has one pass, of 1 sign
@@ -13,6 +14,7 @@ import functools
 import importlib.util
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -25,16 +27,24 @@ from .triton import on_device
 MODES = {"gpu": 2}  # after those of ops.cpu
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of activations
 WIDTHS = (32, 16)  # BK, the preferred one first
-AUTO = False  # whether "auto" takes these kernels on a GPU: not before they are measured there
+AUTO = True  # whether "auto" takes these kernels on a GPU
 
 
 @dataclasses.dataclass
 class Thresholds:
-    """The most tokens that a kernel is used for; `benchmarks/bench_inference.py --tune` measures them."""
+    """The most tokens that a way is used for; `benchmarks/bench_inference.py --tune` measures them.
+
+    Attributes:
+        wide_from: the fewest that "wide" is used for; it is preferred to other ways from there on.
+        wide: where weights have one or two stages.
+        wide_of_more: where they have three or four, which take longer to make than cuBLAS takes to multiply.
+    """
 
     decode: int = 16
     planes: int = 16
-    wide: int = 0  # not before its present form has run on a GPU
+    wide_from: int = 9
+    wide: int = sys.maxsize
+    wide_of_more: int = 1024
     blocks: int = 128
 
 
@@ -55,28 +65,35 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_off() -> str | None:
-    """Return None where the kernels can be used, or why they cannot."""
+def why_off(device: torch.device | None = None) -> str | None:
+    """Return None where the kernels can be used, on a GPU or the current one, or why they cannot."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if interpreted():
         return None
     if not torch.cuda.is_available():
         return "there is no GPU that PyTorch can use"
-    if torch.version.cuda is None or torch.cuda.get_device_capability() < (8, 0):
+    if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return "they need an NVIDIA GPU of compute capability 8.0 or more"
     return None
 
 
 @functools.cache
-def why_no_cuda(way: str = "decode") -> str | None:
-    """Return None where a kernel of CUDA C++, "decode" or "wide", can be used, or why it cannot."""
+def why_no_cuda(way: str = "decode", device: torch.device | None = None) -> str | None:
+    """Return None where a kernel of CUDA C++, "decode" or "wide", can be used, or why it cannot.
+
+    Args:
+        device: with its index; None for the GPU that is the current one when this is first asked.
+    """
     if interpreted():
         return "Triton's interpreter runs the kernels"
+    if not torch.cuda.is_available():
+        return "there is no GPU that PyTorch can use"
     from . import cuda
 
+    index = torch.cuda.current_device() if device is None or device.index is None else device.index
     # warpgroups multiply on GPUs of one generation alone
-    return cuda.why_off() if way == "decode" else cuda.why_off((9, 0), (10, 0))
+    return cuda.why_off(index) if way == "decode" else cuda.why_off(index, (9, 0), (10, 0))
 
 
 def takes(device: torch.device) -> bool:
@@ -84,9 +101,15 @@ def takes(device: torch.device) -> bool:
     return device.type == ("cpu" if interpreted() else "cuda")
 
 
-def pieces(dtype: torch.dtype) -> int:
-    """Return how many bf16 numbers add up to one of a dtype."""
-    return {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}[dtype]
+@functools.cache
+def _can_use(device: torch.device) -> bool:
+    return why_off(device) is None
+
+
+@torch.compiler.assume_constant_result
+def auto_takes(device: torch.device) -> bool:
+    """Return whether the backend "auto" is these kernels on a device."""
+    return AUTO and device.type == "cuda" and _can_use(device)
 
 
 # Codes
@@ -125,6 +148,13 @@ def _unpack_signs(words: Tensor, cols: int) -> Tensor:
     return bits.movedim(0, 1).flatten(1)[:, :cols] != 0
 
 
+def _written(words: Tensor) -> Tensor:
+    """Wait until words are written: kernels that are launched early read them while those before still run."""
+    if words.is_cuda and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(words.device).synchronize()
+    return words
+
+
 def repack(codes: Tensor, shape: tuple[int, int], layout: tuple[int, ...]) -> Tensor:
     """Return the codes of a checkpoint, as packed there, as words.
 
@@ -140,7 +170,7 @@ def repack(codes: Tensor, shape: tuple[int, int], layout: tuple[int, ...]) -> Te
         found = unpack_codes(codes, shape[1], 1 if stages == 1 else 2)
         for g in range(stages):
             words[:, 0, :, g] = _pack_signs(found > g, chunks, width)
-        return words
+        return _written(words)
     for t in range(stages):
         for part in range(2):
             found = unpack_codes(codes[t, part], shape[1], 2)
@@ -148,7 +178,7 @@ def repack(codes: Tensor, shape: tuple[int, int], layout: tuple[int, ...]) -> Te
             p = (found & 1) != 0
             words[:, place, :, g] = _pack_signs(p, chunks, width)
             words[:, place, :, g + 1] = _pack_signs(p ^ (found > 1), chunks, width)
-    return words
+    return _written(words)
 
 
 def unpack(words: Tensor, codes_shape: tuple[int, ...], shape: tuple[int, int], layout: tuple[int, ...]) -> Tensor:
@@ -169,9 +199,16 @@ def unpack(words: Tensor, codes_shape: tuple[int, ...], shape: tuple[int, int], 
     return codes
 
 
-def languages(layout: Sequence[int]) -> str:
-    """Return what the kernels that multiply such layers are written in."""
-    return "CUDA C++ and Triton" if why_no_cuda() is None and written_in_cuda(layout) else "Triton"
+def languages(layout: Sequence[int], shape: tuple[int, int], device: torch.device) -> str:
+    """Return what the kernels are written in that multiply such layers, CUDA C++ where one token of bf16 has it.
+
+    Args:
+        layout: kind, stages or planes, granularity and more.
+        shape: rows and columns of the codes.
+        device: where they are.
+    """
+    words = torch.empty((), dtype=torch.int16, device=device).expand(words_shape(*shape, *layout[:2]))
+    return "CUDA C++ and Triton" if takes_few(1, layout, torch.bfloat16, words) else "Triton"
 
 
 def describe(words: Tensor, scales: Tensor) -> Layer:
@@ -204,12 +241,15 @@ def rotated(x: Tensor, rotation: int) -> Tensor:
 
 def way_for(tokens: int, layout: Sequence[int], dtype: torch.dtype, words: Tensor, features: int) -> str:
     """Return which way multiplies so many tokens: "decode", "planes", "wide", "blocks" or "dense"."""
+    most = THRESHOLDS.wide if layout[1] <= 2 else THRESHOLDS.wide_of_more
+    if THRESHOLDS.wide_from <= tokens <= most and takes_wide(layout, dtype, features, words.device):
+        return "wide"
     if tokens <= THRESHOLDS.decode and takes_few(tokens, layout, dtype, words):
         return "decode"
+    if dtype == torch.float32:
+        return "dense"
     if tokens <= THRESHOLDS.planes and layout[2] != 2:
         return "planes"
-    if tokens <= THRESHOLDS.wide and takes_wide(layout, dtype, features):
-        return "wide"
     return "blocks" if tokens <= THRESHOLDS.blocks and not writes_bf16(layout, dtype) else "dense"
 
 
@@ -221,16 +261,16 @@ def written_in_cuda(layout: Sequence[int]) -> bool:
 
 def takes_few(tokens: int, layout: Sequence[int], dtype: torch.dtype, words: Tensor) -> bool:
     """Return whether "decode" multiplies such words."""
-    if not written_in_cuda(layout) or why_no_cuda() is not None:
+    if not written_in_cuda(layout) or why_no_cuda("decode", words.device) is not None:
         return False
     from .cuda import decode
 
     return decode.takes(layout, words, tokens, dtype)
 
 
-def takes_wide(layout: Sequence[int], dtype: torch.dtype, features: int) -> bool:
+def takes_wide(layout: Sequence[int], dtype: torch.dtype, features: int, device: torch.device) -> bool:
     """Return whether "wide" multiplies layers of so many input features."""
-    if dtype != torch.bfloat16 or why_no_cuda("wide") is not None:
+    if dtype != torch.bfloat16 or why_no_cuda("wide", device) is not None:
         return False
     from .cuda import wide
 
@@ -243,11 +283,15 @@ def writes_bf16(layout: Sequence[int], dtype: torch.dtype) -> bool:
 
 
 def prepare(words: Tensor, layout: Sequence[int], dtype: torch.dtype, features: int) -> None:
-    """Compile what multiplies single tokens, so that the first does not wait for it."""
+    """Compile what multiplies single tokens, and some for many, so that the first do not wait for it."""
     if takes_few(1, layout, dtype, words):
         from .cuda import decode
 
         decode.prepare(words, layout, dtype, features)
+    if takes_wide(layout, dtype, features, words.device):
+        from .cuda import wide
+
+        wide.prepare(words, layout, features, (16, 256))
 
 
 def linear(
@@ -269,7 +313,7 @@ def linear(
         way: "decode", "planes", "wide", "blocks" or "dense", in place of what :func:`way_for` says.
 
     Raises:
-        TypeError, ValueError: dtypes or sizes that do not belong together.
+        TypeError, ValueError: dtypes or sizes that do not belong together, or planes or blocks are to take float32.
     """
     kind, stages, _, _, _, rotation = layout
     halves = 2 if kind == 0 else 1
@@ -291,6 +335,8 @@ def linear(
     y = x.new_empty(tokens, out_features)
     if tokens:
         way = way or way_for(tokens, layout, x.dtype, words, x.shape[-1])
+        if way in ("planes", "blocks") and x.dtype == torch.float32:
+            raise TypeError(f"{way} takes bfloat16 or float16 activations, got {x.dtype}")
         scales = scales.contiguous()
         if bias is not None:
             bias = (bias if bias.dtype in DTYPES else bias.float()).contiguous()
@@ -317,6 +363,11 @@ def _runner(way: str) -> Callable[..., None]:
     from .triton import multiply
 
     return {"planes": multiply.planes, "blocks": multiply.blocks}[way]
+
+
+def join_words(words: list[Tensor]) -> Tensor:
+    """Return the words of several layers with as many columns as one layer's."""
+    return _written(torch.cat(words, dim=2))
 
 
 def group_places(sizes: list[int], kind: int, device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ barriers, clusters); tests marked gpu run them for what they are.
 
 import ctypes
 import functools
+import itertools
 import shutil
 import subprocess
 from pathlib import Path
@@ -47,16 +48,20 @@ def compiled(tmp_path_factory):
 def multiply(compiled):
     """Return wide.wide, and on the processor what stands for it."""
 
-    def run(x, words, scales, bias, y, layout, places, config):
+    def run(x, words, scales, bias, y, layout, places, config, processors=PROCESSORS):
         if x.is_cuda:
             return wide.wide(x, words, scales, bias, y, layout, places, config)
         m = x.shape[1] // 2
         x_map = (ctypes.c_uint64 * 16)(x.data_ptr(), m, x.shape[0], 2, x.stride(0), m)
-        (blocks, _, _), shared = wide.grid(words.shape[2], m, x.shape[0], config, PROCESSORS)
+        chunks, passes, n, signs, width = words.shape
+        words_map = (ctypes.c_uint64 * 16)(
+            words.data_ptr(), signs * width, n, passes, chunks, *(words.stride(i) for i in (2, 1, 0))
+        )
+        (blocks, _, _), shared = wide.grid(words.shape[2], m, x.shape[0], config, processors)
         sums, flags = torch.full((blocks, 128, config.tokens), torch.nan), torch.zeros(blocks, dtype=torch.int32)
-        memory = wide.slots(config, *(words.shape[i] for i in (3, 1, 4)))[1]
+        memory = wide.slots(config, *(words.shape[i] for i in (3, 1, 4)))[2]
         compiled(wide.defines(words, layout, config)).run(
-            x_map, *wide.arguments(x, words, scales, bias, y, places, shared, sums, flags), blocks, memory
+            x_map, words_map, *wide.arguments(x, words, scales, bias, y, places, shared, sums, flags), blocks, memory
         )
         assert not flags.any(), "flags are left as they were found"
 
@@ -92,14 +97,22 @@ CASES = [  # a chunk has 256 or 512 columns of the codes, a step 64, a block 64 
     (ROWS, 200, 2064, 70, Config(64)),
     (ROWS, 300, 2064, 130, Config(128, split=4, pair=1)),
     (ROWS, 200, 2608, 5, Config(64, split=3, pair=2)),
-    (ROWS, 136, 480, 5, Config(256, split=2, ahead=4)),
+    (ROWS, 136, 480, 5, Config(256, split=2)),
     (ROWS, 300, 2064, 70, Config(64, pair=1, even=True)),  # 3 blocks: 6 whole tiles of 17 steps
     (ROWS, 500, 2064, 70, Config(64, pair=1, even=True)),  # 5 shared tiles, 3 whole ones
-    (ROWS, 200, 2064, 20, Config(64, pair=1, even=True, ahead=4)),  # 2 shared tiles
-    (ROWS, 100, 2064, 20, Config(16, pair=1, even=True, blocks=2)),  # 2 tiles for 6 blocks
-    (ROWS, 300, 4128, 20, Config(32, pair=2, even=True, blocks=2)),
+    (ROWS, 200, 2064, 20, Config(64, pair=1, even=True)),  # 2 shared tiles
+    (ROWS, 100, 2064, 20, Config(16, pair=1, even=True)),  # 2 tiles for 6 blocks
+    (ROWS, 300, 4128, 20, Config(32, pair=2, even=True)),
+    (ROWS, 300, 4128, 8, Config(8, pair=1, even=True)),
+    (ROWS, 300, 2064, 20, Config(8, split=3, pair=1)),
+    (ROWS, 200, 2608, 20, Config(16, split=2, pair=2)),
+    (METHODS["complex_phase_v1"], 200, 2608, 5, Config(8, pair=1, even=True)),
+    (METHODS["complex_phase_v3"], 200, 2608, 30, Config(32, pair=1, even=True)),
+    (METHODS["complex_phase_v4"], 136, 2608, 16, Config(16, pair=1, even=True)),
+    (ROWS, 300, 2064, 20, Config(16, split=3, pair=1)),
+    (ROWS, 300, 2064, 130, Config(128, pair=2, even=True)),
     (ROWS, 16, 96, 3, Config(16, pair=1, even=True)),
-    (ROWS, 300, 4128, 70, Config(64, pair=1, even=True, blocks=2)),
+    (ROWS, 300, 4128, 70, Config(64, pair=1, even=True)),
     (METHODS["complex_phase_v1"], 200, 2608, 5, Config(64, split=2)),
     (METHODS["complex_phase_v2"], 136, 480, 260, Config(256, pair=1)),
     (METHODS["complex_phase_v3"], 200, 2608, 5, Config(64, split=2)),
@@ -113,10 +126,12 @@ BIG = [
     (ROWS, 4096, 4096, 300, Config(128, split=2)),
     (ROWS, 4096, 4096, 256, Config(128, pair=1, even=True)),
     (ROWS, 11008, 4096, 512, Config(pair=1, even=True)),
-    (ROWS, 11008, 4096, 300, Config(pair=2, even=True, ahead=4)),
-    (ROWS, 11008, 4096, 16, Config(16, pair=1, even=True, blocks=2)),
-    (ROWS, 4096, 11008, 17, Config(32, pair=2, even=True, blocks=2)),
-    (ROWS, 11008, 4096, 64, Config(64, pair=1, even=True, blocks=2)),
+    (ROWS, 11008, 4096, 300, Config(pair=2, even=True)),
+    (ROWS, 11008, 4096, 16, Config(16, pair=1, even=True)),
+    (ROWS, 32000, 4096, 7, Config(8, pair=1)),
+    (ROWS, 4096, 4096, 8, Config(8, split=3, pair=1)),
+    (ROWS, 4096, 11008, 17, Config(32, pair=2, even=True)),
+    (ROWS, 11008, 4096, 64, Config(64, pair=1, even=True)),
     (ROWS, 11008, 4096, 64, Config(64)),
     (METHODS["complex_phase_v4"], 1024, 11008, 512, Config()),
 ]
@@ -133,6 +148,24 @@ def test_as_exact_as_pytorch(device, scheme, out_features, in_features, tokens, 
     if device == "cuda":
         for _ in range(3):
             assert torch.equal(y, check(multiply, layer, words, layout, x, config)), "the same bits in each run"
+
+
+@on_both
+@pytest.mark.parametrize("out_features, config", [(64, Config(16, pair=1, even=True)), (200, Config(16, even=True))])
+def test_many_blocks_that_share_a_tile(device, out_features, config, multiply):
+    """More than gather their sums at once: 44 and 22 clusters, which begin and end anywhere in tiles."""
+    layer, words, layout = layer_and_words(ROWS, out_features, 5600, device)
+    x = torch.randn(16, 5600, device=device).bfloat16()
+    check(functools.partial(multiply, processors=44), layer, words, layout, x, config)
+
+
+@on_both
+@pytest.mark.parametrize("switch", ["WARPS", "TWO", "EARLY"])
+def test_few_tokens_without(device, switch, multiply, monkeypatch):
+    monkeypatch.setattr(wide, switch, 0)
+    layer, words, layout = layer_and_words(ROWS, 300, 2064, device)
+    x = torch.randn(20, 2064, device=device).bfloat16()
+    check(multiply, layer, words, layout, x, Config(16, pair=1, even=True))
 
 
 @on_both
@@ -178,9 +211,7 @@ def test_places_and_bias(device, kind, multiply):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "tokens, config", [(64, Config(64, pair=1, even=True)), (16, Config(16, pair=2, even=True, blocks=2))]
-)
+@pytest.mark.parametrize("tokens, config", [(64, Config(64, pair=1, even=True)), (16, Config(16, pair=2, even=True))])
 def test_streams_and_graphs_do_not_mix_what_blocks_leave_to_each_other(tokens, config):
     layer, words, layout = layer_and_words(ROWS, 11008, 4096, "cuda")
     xs = torch.randn(4, tokens, 4096, device="cuda").bfloat16()
@@ -205,14 +236,53 @@ def test_streams_and_graphs_do_not_mix_what_blocks_leave_to_each_other(tokens, c
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("tokens", [5, 17, 64, 100, 256, 2048])
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [8, 16, 64, 256])
+def test_kernels_in_a_row_take_what_those_before_leave(tokens):
+    """Each begins before the one before it has ended, and reads what that one writes."""
+    layer, words, layout = layer_and_words(ROWS, 4096, 4096, "cuda", scale=0.02)
+    first = torch.randn(tokens, 4096, device="cuda").bfloat16()
+
+    def row(rooms):
+        for x, y in itertools.pairwise([first, *rooms]):
+            wide.wide(x, words, layer.scales, None, y, layout, None)
+
+    expected, found = first.new_zeros(12, tokens, 4096), first.new_zeros(12, tokens, 4096)
+    for i in range(12):
+        row(expected[: i + 1])
+        torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        row(found)
+    for _ in range(3):
+        found.zero_()
+        graph.replay()
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.gpu
+def test_what_is_prepared_can_be_captured_at_once():
+    layer, words, layout = layer_and_words(ROWS, 1002, 4128, "cuda")
+    wide.prepare(words, layout, 4128, [16, 100])
+    for tokens in (16, 100):
+        x = torch.randn(tokens, 4128, device="cuda").bfloat16()
+        y, again, graph = x.new_empty(tokens, 1002), x.new_empty(tokens, 1002), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            wide.wide(x, words, layer.scales, None, y, layout, None)
+        graph.replay()
+        wide.wide(x, words, layer.scales, None, again, layout, None)
+        assert torch.equal(y, again)
+
+
+@pytest.mark.parametrize("tokens", [5, 12, 17, 64, 100, 256, 2048])
 @pytest.mark.parametrize("rows, columns", [(1, 8), (2048, 2048), (5504, 2048), (2048, 5504), (16000, 2048)])
 def test_every_size_has_a_configuration(rows, columns, tokens):
     config = wide.wide_config(rows, columns, tokens, 132)
-    assert (config.tokens, config.blocks) in wide.STEP_TIMES and config.pair * config.split <= 8
+    assert config.tokens in wide.STEP_TIMES and config.pair * config.split <= 8
     for signs, passes, width in ((4, 1, 32), (8, 1, 32), (4, 3, 32), (16, 1, 32), (16, 1, 16)):
-        count, memory = wide.slots(config, signs, passes, width)
-        assert count >= 2 and memory <= wide.MEMORY
+        count, chunks, memory = wide.slots(config, signs, passes, width)
+        together = wide.blocks_at_once(config, signs, passes, width)
+        assert count >= 2 and chunks >= together and together * (memory + 1024) <= wide.MEMORY
 
 
 def test_what_it_takes():

@@ -25,6 +25,18 @@ SMALL = 48 << 10  # bytes of shared memory that need no leave
 _DYNAMIC_MEMORY, _SHARED_PERCENT, _LOCAL_BYTES, _REGISTERS = 8, 9, 3, 4  # CU_FUNC_ATTRIBUTE_...
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _INVALID_CONTEXT = 201
+_EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class _Attribute(ctypes.Structure):  # CUlaunchAttribute
+    _fields_ = [("id", ctypes.c_int), ("_", ctypes.c_int), ("value", ctypes.c_int), ("_rest", ctypes.c_int * 15)]
+
+
+class _Launch(ctypes.Structure):  # CUlaunchConfig
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("memory", ctypes.c_uint),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
+    ]  # fmt: skip
 
 
 class CompilerError(RuntimeError):
@@ -71,20 +83,22 @@ def _check(error: int, what: str) -> None:
 
 
 @functools.cache
-def why_off(least: tuple[int, int] = (8, 0), below: tuple[int, int] | None = None) -> str | None:
+def why_off(device: int, least: tuple[int, int] = (8, 0), below: tuple[int, int] | None = None) -> str | None:
     """Return None where kernels can be compiled and run, or why they cannot.
 
     Args:
+        device: index of the GPU.
         least, below: the compute capability that they need, and the first that they do not run on.
     """
-    if torch.version.cuda is None or not torch.cuda.is_available():
+    if torch.version.cuda is None:
         return "there is no NVIDIA GPU that PyTorch can use"
-    here = torch.cuda.get_device_capability()
+    here = torch.cuda.get_device_capability(device)
     if here < least or (below is not None and here >= below):
         return f"they need a GPU of compute capability {least[0]}.{least[1]}{' or more' if below is None else ''}"
     try:
         driver()
-        compiled('extern "C" __global__ void nothing() {}', architecture())  # it may be older than the GPU
+        target = architecture(torch.device("cuda", device))
+        compiled('extern "C" __global__ void nothing() {}', target)  # the compiler may be older than the GPU
     except (OSError, CompilerError) as error:
         return str(error)
     return None
@@ -136,11 +150,13 @@ class Kernel:
     """A kernel that is loaded on a GPU.
 
     Attributes:
+        early: whether blocks start before the kernel before them in the stream has ended: until they have passed
+            ``griddepcontrol.wait`` they may only read what that kernel does not write.
         registers, spilled: of a thread; spilled in bytes of its local memory.
     """
 
-    def __init__(self, code: bytes, name: str, device: int) -> None:
-        self.device, self._memory, self._lock = device, SMALL, threading.Lock()
+    def __init__(self, code: bytes, name: str, device: int, early: bool = False) -> None:
+        self.device, self.early, self._memory, self._lock = device, early, SMALL, threading.Lock()
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         with torch.cuda.device(device):
             torch.cuda.init()
@@ -173,8 +189,10 @@ class Kernel:
         self.allow(memory)
         addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
+        early = _Attribute(id=_EARLY, value=1)
+        launch = _Launch(tuple(grid), (threads, 1, 1), memory, stream, ctypes.pointer(early), int(self.early))
         for again in (True, False):
-            error = driver().cuLaunchKernel(self._function, *grid, threads, 1, 1, memory, stream, addresses, None)
+            error = driver().cuLaunchKernelEx(ctypes.byref(launch), self._function, addresses, None)
             if error != _INVALID_CONTEXT or not again:
                 break
             _own_context(self.device)
@@ -182,14 +200,15 @@ class Kernel:
 
 
 @functools.cache
-def kernel(source: str, name: str, device: int, options: tuple[str, ...] = ()) -> Kernel:
+def kernel(source: str, name: str, device: int, options: tuple[str, ...] = (), early: bool = False) -> Kernel:
     """Compile and load a kernel, once in a process.
 
     Args:
         source: CUDA C++, the kernel in it ``extern "C"``.
         device: index of the GPU.
+        early: as in :class:`Kernel`; for kernels with ``griddepcontrol.wait`` on GPUs of capability 9.0 and more.
 
     Raises:
         CompilerError, RuntimeError: it cannot be compiled, or not loaded.
     """
-    return Kernel(compiled(source, architecture(torch.device("cuda", device)), options), name, device)
+    return Kernel(compiled(source, architecture(torch.device("cuda", device)), options), name, device, early)

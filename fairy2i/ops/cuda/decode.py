@@ -1,4 +1,7 @@
-"""Launches of the kernel in decode.cu, for few tokens: configurations, what it can multiply, and its arguments."""
+"""Launches of the kernels for few tokens: configurations, what they can multiply, and their arguments.
+
+decode.cu adds integers, up to 2 tokens; several.cu halves (fp16 numbers), 3 to 16 tokens. prelude.cu comes before both.
+"""
 
 import ctypes
 import dataclasses
@@ -12,7 +15,6 @@ from torch import Tensor
 from ..gpu import written_in_cuda
 from . import KINDS, Kernel, kernel
 
-SOURCE = Path(__file__).with_name("decode.cu")
 SUMS = 16 << 10  # bytes of parts of sums that wait for each other, for each token or 4 of halves at most
 MOST = 16  # tokens
 Layout = Sequence[int]
@@ -20,11 +22,11 @@ Layout = Sequence[int]
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a GPU has: multiprocessors, bytes of shared memory that a block may have, and whether it has clusters."""
+    """What a GPU has: multiprocessors, bytes of shared memory of a block, and whether it is a Hopper or younger."""
 
     processors: int
     memory: int
-    clusters: bool
+    hopper: bool  # clusters, copies of its own, launches before the end of what precedes them
 
 
 H100 = Chip(132, 227 << 10, True)
@@ -36,21 +38,21 @@ class Config:
 
     Attributes:
         warps: of a block.
-        words: int32 of a lane, sign and unit: 2, or 4 for chunks that are wide enough.
         depth: units that a warp fetches ahead.
         blocks: of a multiprocessor.
         parts: warps that share a row, or 0 for what balances best.
         ranges: blocks of a cluster, which share the columns of their rows.
-        halves: whether activations are halves, for 4 tokens a product, not digits.
+        halves: whether activations become halves, for 4 tokens a product, not digits of integers.
+        early: whether it begins before the kernel before it has ended, where a GPU can do that.
     """
 
-    warps: int = 16
-    words: int = 2
+    warps: int = 8
     depth: int = 4
     blocks: int = 1
     parts: int = 0
     ranges: int = 1
     halves: bool = False
+    early: bool = True
 
 
 # (rows of codes, chunks, stages, tokens that the kernel is compiled for), for bf16: from `bench_inference.py --tune`
@@ -58,13 +60,13 @@ TUNED: dict[tuple[int, int, int, int], Config] = {}
 
 
 class Arguments(ctypes.Structure):
-    """The struct of the same name in decode.cu."""
+    """The struct of the same name in prelude.cu."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "words", "scales", "bias", "places", "y")),
         *((name, ctypes.c_int64) for name in ("x_stride", "y_stride", "chunk_stride", "pass_stride")),
-        *((name, ctypes.c_int) for name in ("tokens", "n", "m", "chunks", "bias_kind", "scale_width", "scale_step")),
-        *((name, ctypes.c_int) for name in ("log_parts", "batch")),
+        *((name, ctypes.c_int) for name in ("tokens", "n", "m", "chunks", "tiles", "more")),
+        *((name, ctypes.c_int) for name in ("bias_kind", "scale_width", "scale_step", "log_parts", "batch")),
     )
 
 
@@ -89,66 +91,64 @@ def compiled_tokens(tokens: int) -> int:
 def plan(shape: Sequence[int], stages: int, tokens: int, dtype: torch.dtype, chip: Chip, config: Config) -> Plan | None:
     """Return how words of a shape are multiplied with so many tokens, or None where a configuration does not fit."""
     chunks, _, n, _, width = shape
-    words = min(config.words, width // 8)
-    slices, tiles = chunks * width // (8 * words), -(-n // 8)
-    ranges = min(config.ranges, slices) if chip.clusters else 1
+    tiles = -(-n // 8)
+    ranges = min(config.ranges, chunks) if chip.hopper else 1
     blocks = config.blocks if config.warps <= 8 else 1
-    config = dataclasses.replace(config, words=words, blocks=blocks, ranges=ranges)
+    config = dataclasses.replace(config, blocks=blocks, ranges=ranges, early=config.early and chip.hopper)
     tokens = max(compiled_tokens(tokens), 4 if config.halves else 1)
-    if dtype == torch.float32 if config.halves else tokens > 4:
+    if dtype == torch.float32 if config.halves else tokens > 2:
         return None
     products = tokens // 4 if config.halves else tokens * (2 if dtype == torch.float32 else 1)
     # a cluster does not go over what multiprocessors have in common: not all of them are of use to large ones
     clusters = min(max(chip.processors * blocks * (16 if ranges <= 2 else 15) // 16 // ranges, 1), tiles)
-    most, slices = -(-tiles // clusters), -(-slices // ranges)  # of a block
+    most, least, chunks = -(-tiles // clusters), chunks // ranges, -(-chunks // ranges)  # of a block
 
     def cost(parts: int) -> float:  # units of a warp, the end of a tile as a third of one
         if not config.halves:
-            return -(-most * parts // config.warps) * (-(-slices // parts) + 0.3)
+            return -(-most // (config.warps // parts)) * (-(-chunks // parts) + 0.3)
         alone = [
-            len(range(warp // parts, most, config.warps // parts)) * (len(range(warp % parts, slices, parts)) + 0.1)
+            len(range(warp // parts, most, config.warps // parts)) * (len(range(warp % parts, chunks, parts)) + 0.1)
             for warp in range(config.warps)
         ]  # the warps of a tensor core wait for it together, and a little for themselves
         return max(sum(alone[core::4]) for core in range(4)) + 0.1 * max(alone)
 
-    least = chunks * width // (8 * words) // ranges  # slices of a block
     choices = [parts for parts in (1, 2, 4, 8, 16) if parts <= min(config.warps, least)]
     parts = config.parts if config.parts in choices else min(reversed(choices), key=cost)
     groups = config.warps // parts
-    unit = 4 * stages * 128 * words
-    fragments = slices * (4 if config.halves else 2) * words * products * 512
-    jobs = -(-slices * (words // 2) * tokens // config.warps)
+    units = -(-most // groups) * -(-chunks // parts)  # of a warp
+    unit = 2 * stages * 4 * 8 * width + (0 if config.halves else 8)  # with a barrier
+    of_chunk = width * products * 256 if config.halves else width // 4 * products * 512
+    others = tokens * 4 + chunks * products * 64 if config.halves else 20 * config.warps
+    jobs = -(-chunks * (width // 16) * tokens // config.warps)
     if jobs * dtype.itemsize * 4 * config.warps * (blocks if config.halves else 1) > 1024:
         return None  # registers
 
     def fitted(sums: int) -> Plan:
         batch = sums // ((parts * tokens + 1) * 64)
         batch = most if batch >= most else max(batch // groups, 1) * groups
-        fixed = fragments + batch * (parts * tokens + 1) * 64 + tokens * 4 + slices * 2 * products * 32
+        fixed = chunks * of_chunk + batch * (parts * tokens + 1) * 64 + others
         room = chip.memory // blocks - 1024 * (blocks > 1) - fixed
-        depth = min(config.depth, room // (config.warps * unit))
+        depth = min(config.depth, units, room // (config.warps * unit))
         memory = fixed + depth * config.warps * unit
         return Plan(dataclasses.replace(config, depth=depth), tokens, clusters * ranges, parts, jobs, batch, memory)
 
     found = [fitted(sums) for sums in ((4 * SUMS, 2 * SUMS, SUMS) if config.halves else (SUMS,))]
-    if found[-1].config.depth < 2:
+    if found[-1].config.depth < min(2, units):
         return None
-    return next((one for one in found if one.config.depth >= min(config.depth, 4)), found[-1])
+    return next((one for one in found if one.config.depth == found[-1].config.depth), found[-1])
 
 
 def configured(shape: Sequence[int], stages: int, tokens: int, dtype: torch.dtype) -> Config:
-    """Return the measured configuration for such words, or a guess: more warps where their registers suffice."""
+    """Return the measured configuration for such words, or what was best for words like them."""
     tokens = compiled_tokens(tokens)
-    few = Config(warps=16 if stages * tokens * (2 if dtype == torch.float32 else 1) <= 4 else 8)
-    if dtype == torch.float32:
-        return few
-    several = Config(warps=16 if stages * tokens <= 8 else 8, depth=6, ranges=1 if tokens == 4 else 2, halves=True)
-    return TUNED.get((shape[2], shape[0], stages, tokens), few if tokens <= 2 else several)
+    # digits: two places leave room for a block of the next kernel, which begins early
+    found = Config(ranges=2, halves=True) if tokens > 2 and dtype != torch.float32 else Config(depth=2)
+    return found if dtype == torch.float32 else TUNED.get((shape[2], shape[0], stages, tokens), found)
 
 
 SPARE = (  # where the memory of a block is too small for others
-    Config(warps=8, depth=3),
-    *(Config(warps=8, depth=6, ranges=ranges, halves=True) for ranges in (2, 4, 1, 8)),
+    Config(depth=3),
+    *(Config(depth=4, ranges=ranges, halves=True) for ranges in (2, 4, 1, 8)),
 )
 
 
@@ -180,36 +180,36 @@ def takes(layout: Layout, words: Tensor, tokens: int, dtype: torch.dtype, config
     return _planned(tuple(words.shape), layout[1], tokens, dtype, chip(words.device), config) is not None
 
 
-def source(shape: Sequence[int], stages: int, dtype: torch.dtype, aligned: bool, found: Plan) -> str:
+def source(shape: Sequence[int], stages: int, dtype: torch.dtype, aligned: bool, hopper: bool, found: Plan) -> str:
     """Return the source with what it is compiled for."""
     config = found.config
     constants = {
         "STAGES": stages,
         "G": shape[3],
         "BK": shape[4],
-        "HALVES": int(config.halves),
         "TOKENS": found.tokens,
         "KIND": KINDS[dtype],
         "ALIGNED": int(aligned),
-        "J": config.words,
+        "HOPPER": int(hopper),
+        "EARLY": int(config.early),
         "WARPS": config.warps,
         "DEPTH": config.depth,
         "BLOCKS": config.blocks,
         "RANGES": config.ranges,
         "JOBS": found.jobs,
     }
-    return "".join(f"#define {name} {value}\n" for name, value in constants.items()) + _text()
+    return "".join(f"#define {name} {value}\n" for name, value in constants.items()) + _text(config.halves)
 
 
 @functools.cache
-def _text() -> str:
-    return SOURCE.read_text(encoding="utf-8")
+def _text(halves: bool) -> str:
+    names = "prelude.cu", "several.cu" if halves else "decode.cu"
+    return "\n".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in names)
 
 
-def reads_four(x: Tensor) -> bool:
-    """Return whether 4 activations can be read at once."""
-    bytes_of_four = 4 * x.element_size()
-    return x.data_ptr() % bytes_of_four == 0 and x.shape[1] % 8 == 0 and (x.shape[0] == 1 or x.stride(0) % 4 == 0)
+def reads_eight(x: Tensor) -> bool:
+    """Return whether 8 activations can be read at once."""
+    return x.data_ptr() % 16 == 0 and x.shape[1] % 16 == 0 and (x.shape[0] == 1 or x.stride(0) % 8 == 0)
 
 
 def arguments(
@@ -229,7 +229,8 @@ def arguments(
         x.data_ptr(), words.data_ptr(), scales.data_ptr(), None if bias is None else bias.data_ptr(),
         None if places is None else places.data_ptr(), y.data_ptr(),
         x.stride(0), y.stride(0), words.stride(0), words.stride(1),
-        x.shape[0], n, x.shape[1] // 2, chunks, 0 if bias is None else KINDS[bias.dtype], n if rows else 1, int(rows),
+        x.shape[0], n, x.shape[1] // 2, chunks, *divmod(-(-n // 8), found.grid // found.config.ranges),
+        0 if bias is None else KINDS[bias.dtype], n if rows else 1, int(rows),
         found.parts.bit_length() - 1, found.batch,
     )  # fmt: skip
 
@@ -247,12 +248,13 @@ def _ready(
     found = _planned(shape, stages, tokens, dtype, chip(device), config)
     if found is None:
         raise ValueError(f"words of {shape} and {tokens} tokens of {dtype} are too much for the memory of a block")
-    return kernel(source(shape, stages, dtype, aligned, found), "multiply_few", device.index), found
+    text = source(shape, stages, dtype, aligned, chip(device).hopper, found)
+    return kernel(text, "multiply_few", device.index, early=found.config.early), found
 
 
 def prepare(words: Tensor, layout: Layout, dtype: torch.dtype, features: int) -> None:
     """Compile the kernel that multiplies such words with one token, and load it."""
-    _ready(tuple(words.shape), layout[1], 1, dtype, features % 8 == 0, words.device, None)
+    _ready(tuple(words.shape), layout[1], 1, dtype, features % 16 == 0, words.device, None)
 
 
 def multiply(
@@ -267,6 +269,6 @@ def multiply(
 ) -> None:
     """Multiply (tokens, in_features), rows contiguous, into y; scales of the tensor or of rows."""
     tokens = compiled_tokens(x.shape[0])
-    made, found = _ready(tuple(words.shape), layout[1], tokens, x.dtype, reads_four(x), x.device, config)
+    made, found = _ready(tuple(words.shape), layout[1], tokens, x.dtype, reads_eight(x), x.device, config)
     given = arguments(x, words, scales, bias, y, layout, places, found)
     made((found.grid, 1, 1), 32 * found.config.warps, (given,), found.memory)

@@ -13,19 +13,22 @@
 //               part; with bit 14 the other way, the real part. That is five instructions for two columns of a phase
 //               (shift; and; and + xor; two multiply-adds with scales -s / 2 in bf16), 25 for 8 weights of two stages.
 //     order     bits from 15 down to 0, even and odd ones in two words; columns of a chunk thus descend
-//     threads   2 warpgroups multiply; of a third one warp asks for activations, one for words. While wgmma reads the
-//               registers of a step, those of the next are decoded.
+//     few       WARPS, for up to 32 tokens: each warp multiplies for itself, by mma.sync, and need not wait for tensor
+//               cores (a wgmma takes 44 clocks at least). Its numbers and sums lie where those of wgmma do.
+//     early     EARLY: blocks begin while the kernel before runs, and fetch words; all else waits for that one's end.
+//     threads   2 warpgroups multiply; of a third one warp asks for activations, one for words, one tells other blocks
+//               of sums and waits for theirs. While wgmma reads the registers of 16 columns, the next are decoded.
 //     cluster   PAIR blocks with other rows share the activations, each brings a half and sends it to all of them;
 //               SPLIT blocks have ranges of the columns, and tell each other their sums at the end: TOKENS / SPLIT
 //               tokens are added by each, always in the same order.
 //     grid      SPLIT = 1: the first `shared` tiles are shared: every cluster takes as many of their steps as the
 //               others, from its last tile to its first one. Of a tile that several clusters have, the one with its
 //               last step gathers the sums of those before it, which left them in memory as the first thing that they
-//               did, and nobody waits for a cluster that starts later. The other tiles follow, one for each cluster at
-//               a time. What the next tile needs is fetched meanwhile.
+//               did, and nobody waits for a cluster that starts later (it might never start while others wait). The
+//               other tiles follow, one for each cluster at a time. What the next tile needs is fetched meanwhile.
 //
-// Compiled at run time for: STAGES PASSES G BK (of the words), ROWS (scales of rows), TOKENS SPLIT PAIR SLOTS, AHEAD
-// (steps of 16 columns in registers, 2 or 4), BLOCKS (of an SM).
+// Compiled at run time for: STAGES PASSES G BK (of the words), ROWS (scales of rows), TOKENS SPLIT PAIR, SLOTS (steps
+// of activations in shared memory), WORD_SLOTS (chunks of words there), WARPS, EARLY, BLOCKS (of a processor).
 
 typedef unsigned long long u64;
 typedef unsigned short u16;
@@ -34,20 +37,28 @@ constexpr int BLOCK_ROWS = 64;             // of the codes
 constexpr int SIGNS = 4 * STAGES;          // of a row and column
 constexpr int SLOT = TOKENS * 256;         // bytes of the activations of a step
 constexpr int ROW_BYTES = G * BK * 2;      // of the words of a row, chunk and pass
-constexpr int ROW_STRIDE = ROW_BYTES + 16; // in shared memory: 8 rows lie in different banks
-constexpr int WORDS = PASSES * BLOCK_ROWS * ROW_STRIDE;
+constexpr int PARTS = ROW_BYTES / 128;     // of the words of a row: in shared memory (pass, part, row, 128 bytes),
+constexpr int PART = BLOCK_ROWS * 128;     // swizzled: the same columns of 8 rows lie in different banks
+constexpr int WORDS = PASSES * PARTS * PART;
 constexpr int BITS = 64 / BK;              // of a word in a step
 constexpr int CHUNK_STEPS = BK / 4;
 constexpr int WIDTHS = BK / 16;            // groups of 16 columns of a bit
 constexpr bool KEEP = STAGES <= 2;         // whether the words of a chunk stay in registers
 constexpr int HELD = KEEP ? WIDTHS : 1;
 constexpr int TILES = TOKENS / 8;
+// Sums of products that need not wait for each other: a wgmma that does takes about 100 clocks, those of 256 tokens pass
+// meanwhile.
+constexpr int CHAINS = WARPS ? 3 - BLOCKS : TOKENS <= 64 ? 4 : TOKENS == 128 ? 2 : 1;
 constexpr int MULTIPLIERS = 256;           // threads
-constexpr int REGISTERS = BLOCKS == 1 ? 224 : TOKENS < 64 ? 96 : 104; // of them, and of the others: three times what
-constexpr int OTHERS_REGISTERS = BLOCKS == 1 ? 56 : TOKENS < 64 ? 40 : 24; // threads have to begin with, 168 or 80
+constexpr int REGISTERS = BLOCKS == 2 ? 104 : 224; // of them, and of the others: three times what threads begin with
+constexpr int OTHERS_REGISTERS = BLOCKS == 2 ? 32 : 56;
+constexpr int LEFT = 2, READY = 3;         // barriers: sums lie in memory; those of other blocks do
+constexpr int FAR_TILES = TILES < 16 ? TILES : 16; // sums that are loaded at once: of so many groups of 8 tokens
+constexpr int FAR_BLOCKS = 16 / FAR_TILES;         // of so many blocks
 constexpr int MOST = (TILES + SPLIT - 1) / SPLIT; // groups of 8 tokens that a block adds
 constexpr int SUMS = SPLIT * MOST * MULTIPLIERS * 16;
-static_assert(SPLIT == 1 || SLOT * SLOTS + WORDS >= SUMS + MOST * 2048, "sums lie where activations and words were");
+static_assert(SPLIT == 1 || SLOT * SLOTS + WORDS * WORD_SLOTS >= SUMS + MOST * 2048,
+              "sums lie where activations and words were");
 
 struct alignas(64) Map { u64 opaque[16]; }; // CUtensorMap
 
@@ -93,10 +104,12 @@ DEVICE void bring_tile(unsigned to, const Map *map, int column, int token, int h
                      ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;"
                      :: "r"(to), "l"(map), "r"(column), "r"(token), "r"(half), "r"(barrier), "h"(blocks) : "memory");
 }
-DEVICE void bring(unsigned to, const void *from, int bytes, unsigned barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 :: "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+DEVICE void bring_words(unsigned to, const Map *map, int part, int row, int pass, int chunk, unsigned barrier) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 " [%0], [%1, {%2, %3, %4, %5}], [%6];"
+                 :: "r"(to), "l"(map), "r"(part * 64), "r"(row), "r"(pass), "r"(chunk), "r"(barrier) : "memory");
 }
+DEVICE void prefetch(const Map *map) { asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory"); }
 DEVICE unsigned load_shared(unsigned address) {
     unsigned found;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(found) : "r"(address) : "memory");
@@ -118,7 +131,23 @@ DEVICE void store_transposed(unsigned at, unsigned first, unsigned second) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" :: "r"(at), "r"(first), "r"(second)
                  : "memory");
 }
-DEVICE void before_fetching() { asm volatile("fence.proxy.async;" ::: "memory"); }
+// Four times 8 x 8 numbers of 16 bits, rows where lanes 0 to 7, 8 to 15 and so on say: (i, 2 j) and (i, 2 j + 1) for lane
+// 4 i + j.
+DEVICE void load_matrices(unsigned *into, unsigned at) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(into[0]), "=r"(into[1]), "=r"(into[2]), "=r"(into[3]) : "r"(at) : "memory");
+}
+// A warp multiplies 16 rows and 16 columns with 8 tokens.
+DEVICE void multiply_in_warp(float *d, const unsigned *a, const unsigned *b) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+DEVICE void kernel_after_may_begin() { if (EARLY) asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+DEVICE void kernel_before_ended() { if (EARLY) asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// Of shared memory alone: else it waits for what lies in the GPU's, results among it.
+DEVICE void before_fetching() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // Sums that other blocks read: past the L1 cache. A flag is set after them, and read before.
 DEVICE void store_far4(float *to, const float *v) {
     asm volatile("st.global.cg.v4.f32 [%0], {%1, %2, %3, %4};"
@@ -130,14 +159,18 @@ DEVICE float4 load_far4(const float *from) {
                  : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "l"(from) : "memory");
     return v;
 }
-DEVICE void flag_set(int *flag, int value) {
-    asm volatile("fence.acq_rel.gpu;\nst.release.gpu.global.s32 [%0], %1;" :: "l"(flag), "r"(value) : "memory");
+DEVICE void flag_set(int *flag) {
+    asm volatile("st.release.gpu.global.s32 [%0], 1;" :: "l"(flag) : "memory");
 }
-DEVICE void flag_wait(const int *flag) {
+DEVICE void flag_take(int *flag) { // wait until it is set, and set it back
     int value;
     do asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
     while (value == 0);
+    asm volatile("st.global.s32 [%0], 0;" :: "l"(flag) : "memory");
 }
+// Barriers between the multiplying threads and the warp that knows of other blocks: those who arrive do not wait.
+template <int ID> DEVICE void told_arrive() { asm volatile("bar.arrive %0, 288;" :: "n"(ID) : "memory"); }
+template <int ID> DEVICE void told_wait() { asm volatile("bar.sync %0, 288;" :: "n"(ID) : "memory"); }
 DEVICE void multipliers_sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
 DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(REGISTERS)); }
 DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(OTHERS_REGISTERS)); }
@@ -171,6 +204,8 @@ DEVICE float of_half(u16 x) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"
 #include "wide_on_cpu.h" // the same functions, for g++
 #endif
 
+DEVICE void add4(float *sum, float4 v) { sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w; }
+
 // The quarters A11, A12, A21, A22 of two columns from the two highest bits of both halves of a word of every phase.
 DEVICE void decode(const unsigned *word, const unsigned *scale, unsigned &a11, unsigned &a12, unsigned &a21,
                    unsigned &a22) {
@@ -188,13 +223,10 @@ DEVICE void decode(const unsigned *word, const unsigned *scale, unsigned &a11, u
     a22 = subtract(sum[0], sum[2]);
 }
 
-// Scales of a row, times -1/2, twice in a register.
-DEVICE void load_scales(const float *scales, int row, int n, unsigned *scale) {
+// Scales of a row.
+DEVICE void load_scales(const float *scales, int row, int n, float *scale) {
 #pragma unroll
-    for (int i = 0; i < SIGNS; i++) {
-        const float s = -0.5f * (ROWS ? scales[(long long)i * n + row] : scales[i]);
-        scale[i] = bfloats(s, s);
-    }
+    for (int i = 0; i < SIGNS; i++) scale[i] = ROWS ? scales[(long long)i * n + row] : scales[i];
 }
 
 DEVICE float bias_at(const void *bias, int kind, int place) {
@@ -220,13 +252,17 @@ struct Step {
 };
 
 // Words of 16 columns: (two pairs of columns, phases, even and odd bits), shifted so that the next bit is the highest.
-DEVICE void take_words(unsigned *word, unsigned at, int shift) {
+// `at`: the first word of the lane in the chunk, where the swizzle has put it.
+DEVICE void take_words(unsigned *word, unsigned at, int width, int shift) {
 #pragma unroll
     for (int pair = 0; pair < 2; pair++)
 #pragma unroll
         for (int i = 0; i < SIGNS; i += 2) {
-            const unsigned from = at + i / G * (BLOCK_ROWS * ROW_STRIDE) + i % G * (BK * 2) + pair * 16;
-            const unsigned p = load_shared(from) << shift, x = load_shared(from + BK * 2) << shift ^ p;
+            auto load = [&](int sign) {
+                const int place = sign % G * (BK * 2) + width * 32 + pair * 16; // in the row
+                return load_shared((at ^ place % 128) + (sign / G * PARTS + place / 128) * PART) << shift;
+            };
+            const unsigned p = load(i), x = load(i + 1) ^ p;
             word[pair * SIGNS + i] = (p & 0xAAAAAAAAu) | (x >> 1 & 0x55555555u);
             word[pair * SIGNS + i + 1] = (p << 1 & 0xAAAAAAAAu) | (x & 0x55555555u);
         }
@@ -236,15 +272,16 @@ extern "C" __global__ void
 #ifdef __CUDACC__
 __launch_bounds__(384, BLOCKS) __cluster_dims__(PAIR, SPLIT, 1)
 #endif
-multiply_wide(const __grid_constant__ Map map, const short *words, const float *scales, const void *bias, int bias_kind,
-              const int *places, u16 *y, int tokens, int out_features, int n, int m, int chunks,
-              long long chunk_stride, long long pass_stride, int shared, float *far_sums, int *flags) {
+multiply_wide(const __grid_constant__ Map map, const __grid_constant__ Map words, const float *scales, const void *bias,
+              int bias_kind, const int *places, u16 *y, int tokens, int out_features, int n, int m, int chunks,
+              int shared, float *far_sums, int *flags) {
     extern __shared__ char memory[];
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    if (thread == 0) prefetch(&map), prefetch(&words);
     const unsigned base = (shared_address(memory) + 1023) / 1024 * 1024;
-    const unsigned words_at = base + SLOTS * SLOT, barriers = words_at + (WORDS + 15) / 16 * 16;
+    const unsigned words_at = base + SLOTS * SLOT, barriers = words_at + WORD_SLOTS * WORDS;
     const unsigned full = barriers, empty = barriers + 8 * SLOTS, words_full = empty + 8 * SLOTS,
-                   words_empty = words_full + 8;
+                   words_empty = words_full + 8 * WORD_SLOTS;
     const unsigned rank = PAIR * SPLIT > 1 ? cluster_rank() : 0;
     const unsigned in_pair = rank % PAIR, range = rank / PAIR;
     const int row_tiles = (n + PAIR * BLOCK_ROWS - 1) / (PAIR * BLOCK_ROWS);
@@ -254,7 +291,7 @@ multiply_wide(const __grid_constant__ Map map, const short *words, const float *
     // steps `begin` to `end` of the shared tiles, or of the cluster's only tile, are multiplied here
     auto cut = [&](int at) {
         if (SPLIT > 1) return cluster * steps + steps * (at - cluster + (int)range) / SPLIT;
-        return (int)((long long)(shared * steps) * at / clusters);
+        return (int)((unsigned)(shared * steps) * at / clusters); // less than 2^32 below 15 million columns
     };
     const int begin = cut(cluster), end = cut(cluster + 1);
     const int tile0 = SPLIT > 1 ? cluster : shared ? begin / steps : -1;
@@ -270,16 +307,20 @@ multiply_wide(const __grid_constant__ Map map, const short *words, const float *
             barrier_init(full + 8 * i, 1);
             barrier_init(empty + 8 * i, 8 * PAIR);
         }
-        barrier_init(words_full, 1);
-        barrier_init(words_empty, 8);
+        for (int i = 0; i < WORD_SLOTS; i++) {
+            barrier_init(words_full + 8 * i, 1);
+            barrier_init(words_empty + 8 * i, 8);
+        }
         barriers_ready();
     }
     __syncthreads();
-    if (PAIR * SPLIT > 1) cluster_sync();
+    if (PAIR > 1) cluster_sync(); // the other block's barriers are there
+    kernel_after_may_begin();
 
     if (warp >= 8) { // who fetches
         fewer_registers();
         if (warp == 8 && lane == 0) {
+            kernel_before_ended();
             int slot = 0, round = 0;
             for (int tile = tile1; tile < tiles; tile = after(tile)) {
                 const int first = first_of(tile), last = last_of(tile);
@@ -298,23 +339,32 @@ multiply_wide(const __grid_constant__ Map map, const short *words, const float *
                 }
             }
         }
-        if (warp == 9) {
-            int round = 0;
+        if (warp == 9 && lane == 0) {
+            int slot = 0, round = 0;
             for (int tile = tile1; tile < tiles; tile = after(tile)) {
                 const int first = first_of(tile), last = last_of(tile);
                 const int row0 = (tile % row_tiles * PAIR + in_pair) * BLOCK_ROWS;
-                for (int c = first / CHUNK_STEPS; c <= (last - 1) / CHUNK_STEPS && first < last; c++, round++) {
-                    if (round) barrier_wait(words_empty, (round - 1) & 1);
-                    if (lane == 0) barrier_expect(words_full, PASSES * BLOCK_ROWS * ROW_BYTES);
-                    __syncwarp();
-                    for (int i = lane; i < PASSES * BLOCK_ROWS; i += 32) {
-                        const int pass = i / BLOCK_ROWS, row = row0 + i % BLOCK_ROWS;
-                        bring(words_at + i * ROW_STRIDE,
-                              words + c * chunk_stride + pass * pass_stride +
-                                  (long long)(row < n ? row : n - 1) * (ROW_BYTES / 2),
-                              ROW_BYTES, words_full);
-                    }
+                for (int c = first / CHUNK_STEPS; c <= (last - 1) / CHUNK_STEPS && first < last; c++) {
+                    if (round) barrier_wait(words_empty + 8 * slot, (round - 1) & 1);
+                    barrier_expect(words_full + 8 * slot, WORDS);
+                    for (int i = 0; i < PASSES * PARTS; i++)
+                        bring_words(words_at + slot * WORDS + i * PART, &words, i % PARTS, row0, i / PARTS, c,
+                                    words_full + 8 * slot);
+                    if (++slot == WORD_SLOTS) slot = 0, round++;
                 }
+            }
+        }
+        if (warp == 10 && SPLIT == 1 && tile0 >= 0) { // at most one tile is left to others, one taken from them
+            kernel_before_ended();
+            if (last_of(tile1) < steps) {
+                told_wait<LEFT>();
+                if (lane == 0) flag_set(flags + blockIdx.x);
+            }
+            if (first_of(tile0) > 0 && last_of(tile0) == steps) {
+                for (int from = cluster - 1 - lane; from >= 0 && cut(from + 1) > tile0 * steps; from -= 32)
+                    flag_take(flags + from * PAIR + in_pair);
+                __syncwarp();
+                told_arrive<READY>();
             }
         }
         __syncwarp();
@@ -327,33 +377,45 @@ multiply_wide(const __grid_constant__ Map map, const short *words, const float *
             const int row = (tile % row_tiles * PAIR + (int)in_pair) * BLOCK_ROWS + in_block_row;
             return row < n ? row : n - 1;
         };
-        float acc[TOKENS / 2];
-        unsigned scale[SIGNS], word[HELD][2 * SIGNS], a[AHEAD][8];
-        load_scales(scales, row_of(tile1), n, scale);
-        int chunk_count = 0; // chunks whose words have come
+        float sums[CHAINS][TOKENS / 2], *acc = sums[0];
+        unsigned scale[SIGNS], next[SIGNS / 2]; // times -1/2: twice in a register; of the next tile, two in one
+        unsigned word[HELD][2 * SIGNS], a[2][8];
+        float loaded[SIGNS];
+        auto keep = [&] {
+#pragma unroll
+            for (int i = 0; i < SIGNS; i += 2) next[i / 2] = bfloats(-0.5f * loaded[i], -0.5f * loaded[i + 1]);
+        };
+        int word_slot = 0, word_phase = 0; // where the next chunk comes
+        unsigned taken;                    // barrier of the last one
         int slot = 0, phase = 0, before;
-        const unsigned my_words = words_at + in_block_row * ROW_STRIDE + t * 4;
+        unsigned my_words; // the first one of the lane in the chunk
         // K-major rows of 128 bytes, swizzled, groups of 8 tokens 1024 bytes apart
         const u64 kind = (u64)1 << 62 | (u64)64 << 32 | (u64)1 << 16;
+        // where the lane's rows of activations lie: of 8 tokens the piece of 16 bytes, the next one, of 8 more the same
+        const unsigned of_lane = lane / 16 * 1024 + lane % 8 * 128 + (lane / 8 % 2 ^ lane % 8) * 16;
         // Decode group q of 4 of the step `at` of 16 columns.
         auto make = [&](const Step &at, int q, unsigned *into) {
             const int width = WIDTHS == 2 ? q / 2 : 0, bit = WIDTHS == 2 ? q % 2 : q;
             unsigned *mine = word[KEEP ? width : 0];
-            if (!KEEP && bit == 0) take_words(mine, my_words + width * 32, at.number * BITS);
+            if (!KEEP && bit == 0) take_words(mine, my_words, width, at.number * BITS);
             decode(mine + bit % 2, scale, into[0], into[4], into[1], into[5]);
             decode(mine + SIGNS + bit % 2, scale, into[2], into[6], into[3], into[7]);
 #pragma unroll
             for (int i = bit % 2; i < 2 * SIGNS; i += 2) mine[i] <<= 2;
         };
+        auto end_chunk = [&] { // its words are not read any more
+            __syncwarp();
+            if (lane == 0) barrier_arrive(taken);
+        };
         auto begin_chunk = [&](const Step &at) {
-            barrier_wait(words_full, chunk_count & 1);
-            chunk_count++;
+            barrier_wait(words_full + 8 * word_slot, word_phase);
+            my_words = words_at + word_slot * WORDS + in_block_row * 128 + g * 16 + t * 4;
+            taken = words_empty + 8 * word_slot;
+            if (++word_slot == WORD_SLOTS) word_slot = 0, word_phase ^= 1;
             if (KEEP) {
 #pragma unroll
-                for (int width = 0; width < HELD; width++)
-                    take_words(word[width], my_words + width * 32, at.number * BITS);
-                __syncwarp();
-                if (lane == 0) barrier_arrive(words_empty);
+                for (int width = 0; width < HELD; width++) take_words(word[width], my_words, width, at.number * BITS);
+                end_chunk();
             }
         };
         auto release = [&](int slot) {
@@ -366,35 +428,63 @@ multiply_wide(const __grid_constant__ Map map, const short *words, const float *
         for (int tile = tile1; tile < tiles; tile = after(tile)) {
             const int first = first_of(tile), last = last_of(tile);
             const int row0 = (tile % row_tiles * PAIR + (int)in_pair) * BLOCK_ROWS, token0 = tile / row_tiles * TOKENS;
-#pragma unroll
-            for (int i = 0; i < TOKENS / 2; i++) acc[i] = 0.0f;
             Step at(first, steps, chunks);
             before = -1;
-            if (first < last) {
-                begin_chunk(at);
-                make(at, 0, a[0]);
+            if (first < last) begin_chunk(at);
+            if (tile == tile1) {
+                kernel_before_ended();
+                load_scales(scales, row_of(tile), n, loaded);
+                keep();
             }
+#pragma unroll
+            for (int i = 0; i < SIGNS; i += 2) {
+                scale[i] = next[i / 2] << 16 | (next[i / 2] & 0xFFFFu);
+                scale[i + 1] = next[i / 2] >> 16 | (next[i / 2] & 0xFFFF0000u);
+            }
+            const int then = after(tile); // its scales arrive while this one begins
+            if (KEEP && then < tiles) load_scales(scales, row_of(then), n, loaded);
+            // of the thread: the row whose sums it has, and the 8 outputs that it will write; loaded ahead
+            const int row = row_of(tile), out1 = places ? places[row] : row, out2 = places ? places[n + row] : row + n;
+            const float bias1 = bias_at(bias, bias_kind, out1), bias2 = bias_at(bias, bias_kind, out2);
+            const int piece = thread % 16, half = piece / 8, row8 = row0 + piece % 8 * 8;
+            const int left = n - row8 < 8 ? n - row8 : 8;
+            const int start = left <= 0 ? 0 : places ? places[half * n + row8] : half * n + row8;
+            bool together = left == 8 && start % 8 == 0 && out_features % 8 == 0;
+            if (places)
+                for (int i = 1; i < left; i++) together &= places[half * n + row8 + i] == start + i;
+#pragma unroll
+            for (int i = 0; i < CHAINS * TOKENS / 2; i++) sums[i / (TOKENS / 2)][i % (TOKENS / 2)] = 0.0f;
+            if (first < last) make(at, 0, a[0]);
+            if (KEEP && then < tiles) keep();
             for (int step = first; step < last; step++) {
                 barrier_wait(full + 8 * slot, phase);
-                const u64 real = kind | (base + slot * SLOT) >> 4, imaginary = real + (SLOT / 2 >> 4);
+                const unsigned here = base + slot * SLOT;
+                const u64 real = kind | here >> 4, imaginary = real + (SLOT / 2 >> 4);
 #pragma unroll
                 for (int q = 0; q < 4; q++) {
                     // the columns of group q: for two widths (1, 0), (0, 0), (1, 1), (0, 1) of (bit, width), else down
                     const int offset = WIDTHS == 2 ? (q % 2 ? 0 : 4) + q / 2 * 2 : 6 - 2 * q;
-                    mma_fence();
-                    mma(acc, a[q % AHEAD], real + offset);
-                    mma(acc, a[q % AHEAD] + 4, imaginary + offset);
-                    mma_commit();
-                    mma_wait<AHEAD - 1>();
-                    if (q == AHEAD - 2 && before >= 0) release(before); // nobody reads it any more
-                    if (q < 3) make(at, q + 1, a[(q + 1) % AHEAD]);
+                    if (WARPS) {
+                        unsigned b[4];
+#pragma unroll
+                        for (int i = 0; i < 2 * TILES; i++) { // 8 tokens each: real inputs, then imaginary ones
+                            if (i % 2 == 0) load_matrices(b, ((here + of_lane) ^ offset * 16) + i * 1024);
+                            const int half = i / TILES;
+                            multiply_in_warp(sums[half % CHAINS] + i % TILES * 4, a[q % 2] + half * 4, b + i % 2 * 2);
+                        }
+                    } else {
+                        mma_fence();
+                        mma(sums[2 * q % CHAINS], a[q % 2], real + offset);
+                        mma(sums[(2 * q + 1) % CHAINS], a[q % 2] + 4, imaginary + offset);
+                        mma_commit();
+                        mma_wait<1>();
+                    }
+                    if (q == 0 && before >= 0) release(before); // nobody reads it any more
+                    if (q < 3) make(at, q + 1, a[(q + 1) % 2]);
                     else if (step + 1 < last) {
                         const bool done = at.next(steps, chunks);
                         if (done) {
-                            if (!KEEP) {
-                                __syncwarp();
-                                if (lane == 0) barrier_arrive(words_empty);
-                            }
+                            if (!KEEP) end_chunk();
                             begin_chunk(at);
                         }
                         make(at, 0, a[0]);
@@ -403,12 +493,13 @@ multiply_wide(const __grid_constant__ Map map, const short *words, const float *
                 before = slot;
                 if (++slot == SLOTS) slot = 0, phase ^= 1;
             }
-            mma_wait<0>();
-            if (!KEEP && first < last) {
-                __syncwarp();
-                if (lane == 0) barrier_arrive(words_empty);
-            }
-            if (after(tile) < tiles) load_scales(scales, row_of(after(tile)), n, scale);
+            if (!WARPS) mma_wait<0>();
+#pragma unroll
+            for (int i = 0; i < TOKENS / 2; i++)
+#pragma unroll
+                for (int chain = 1; chain < CHAINS; chain++) acc[i] += sums[chain][i];
+            if (!KEEP && first < last) end_chunk();
+            if (!KEEP && then < tiles) load_scales(scales, row_of(then), n, loaded), keep();
 
             // the sums of a block that other blocks read: groups of 8 tokens, threads, 4 of each
             auto far_at = [&](int block, int j) {
@@ -417,29 +508,31 @@ multiply_wide(const __grid_constant__ Map map, const short *words, const float *
             if (SPLIT == 1 && last < steps) { // the rest is another cluster's, which gathers
 #pragma unroll
                 for (int j = 0; j < TILES; j++) store_far4(far_at(blockIdx.x, j), acc + 4 * j);
-                multipliers_sync();
-                if (thread == 0) flag_set(flags + blockIdx.x, 1);
+                told_arrive<LEFT>();
                 release(before);
                 continue;
             }
-            if (SPLIT == 1 && first > 0)
-                for (int from = cluster - 1, all = 0; !all; from--) {
-                    const int block = from * PAIR + (int)in_pair;
-                    all = cut(from) <= tile * steps;
-                    flag_wait(flags + block);
+            if (SPLIT == 1 && first > 0) {
+                told_wait<READY>();
+                int lowest = cluster - 1; // of those that have a part of the tile
+                while (cut(lowest) > tile * steps) lowest--;
+                for (int from = cluster - 1; from >= lowest; from -= FAR_BLOCKS)
 #pragma unroll
-                    for (int j = 0; j < TILES; j++) {
-                        const float4 v = load_far4(far_at(block, j));
-                        acc[4 * j] += v.x, acc[4 * j + 1] += v.y, acc[4 * j + 2] += v.z, acc[4 * j + 3] += v.w;
+                    for (int j0 = 0; j0 < TILES; j0 += FAR_TILES) {
+                        float4 v[16];
+#pragma unroll
+                        for (int k = 0; k < 16; k++)
+                            v[k] = from - k / FAR_TILES < lowest
+                                       ? float4{0.0f, 0.0f, 0.0f, 0.0f}
+                                       : load_far4(far_at((from - k / FAR_TILES) * PAIR + (int)in_pair,
+                                                          j0 + k % FAR_TILES));
+#pragma unroll
+                        for (int k = 0; k < 16; k++) add4(acc + 4 * (j0 + k % FAR_TILES), v[k]);
                     }
-                    multipliers_sync();
-                    if (thread == 0) flag_set(flags + block, 0); // for the next launch
-                }
+            }
 
             // Results: TILES groups of 8 tokens, of each lane tokens 2 t and 2 t + 1, real outputs, then imaginary.
             // They go through shared memory: 256 bytes of a token are 16 pieces of 8 outputs, swizzled.
-            const int row = row_of(tile), out1 = places ? places[row] : row, out2 = places ? places[n + row] : row + n;
-            const float bias1 = bias_at(bias, bias_kind, out1), bias2 = bias_at(bias, bias_kind, out2);
             const unsigned out_at = SPLIT == 1 ? base + before * SLOT : base + SUMS;
             auto piece_at = [&](int token, int piece) { return out_at + token * 256 + (piece ^ (token & 7)) * 16; };
             auto put = [&](int j, const float *v) {
@@ -454,28 +547,26 @@ multiply_wide(const __grid_constant__ Map map, const short *words, const float *
             } else {
                 cluster_sync(); // nobody reads or fetches activations any more
                 from0 = (int)range * MOST, count = from0 + MOST < TILES ? MOST : TILES - from0;
+                auto sums_at = [&](int from, int j) {
+                    return base + ((from * MOST + j % MOST) * MULTIPLIERS + thread) * 16;
+                };
 #pragma unroll
                 for (int j = 0; j < TILES; j++)
-                    store_cluster4(base + (((int)range * MOST + j % MOST) * MULTIPLIERS + thread) * 16,
-                                   j / MOST * PAIR + in_pair, acc + 4 * j);
+                    if (j / MOST != (int)range)
+                        store_cluster4(sums_at(range, j), j / MOST * PAIR + in_pair, acc + 4 * j);
                 cluster_sync();
-                for (int j = 0; j < count; j++) {
-                    float4 sum = load_shared4(base + (j * MULTIPLIERS + thread) * 16);
 #pragma unroll
-                    for (int from = 1; from < SPLIT; from++) {
-                        const float4 more = load_shared4(base + ((from * MOST + j) * MULTIPLIERS + thread) * 16);
-                        sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
-                    }
-                    put(j, &sum.x);
-                }
+                for (int mine = 0; mine < SPLIT; mine++)
+                    if (mine == (int)range)
+#pragma unroll
+                        for (int j = mine * MOST; j < (mine + 1) * MOST && j < TILES; j++) {
+#pragma unroll
+                            for (int from = 0; from < SPLIT; from++)
+                                if (from != mine) add4(acc + 4 * j, load_shared4(sums_at(from, j)));
+                            put(j % MOST, acc + 4 * j);
+                        }
             }
             multipliers_sync();
-            const int piece = thread % 16, half = piece / 8, row8 = row0 + piece % 8 * 8;
-            const int left = n - row8 < 8 ? n - row8 : 8;
-            const int start = left <= 0 ? 0 : places ? places[half * n + row8] : half * n + row8;
-            bool together = left == 8 && start % 8 == 0 && out_features % 8 == 0;
-            if (places)
-                for (int i = 1; i < left; i++) together &= places[half * n + row8 + i] == start + i;
             for (int i = thread / 16; i < count * 8 && left > 0; i += MULTIPLIERS / 16) {
                 const int token = token0 + from0 * 8 + i;
                 if (token >= tokens) break;

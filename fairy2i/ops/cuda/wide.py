@@ -3,7 +3,9 @@
 import ctypes
 import dataclasses
 import functools
-from collections.abc import Sequence
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +20,12 @@ STEP = 64  # columns of the codes
 THREADS = 384
 MEMORY = 233472  # bytes of shared memory of a processor; of each block the driver takes 1024
 Layout = Sequence[int]
+WARPS = 32  # tokens of a block up to which each warp multiplies for itself (mma.sync), more go to warpgroups (wgmma)
+TWO = 16  # tokens of a block up to which a processor has two, if memory allows: one of the next kernel fetches words
+EARLY = True  # whether blocks begin while the kernel before still runs
+LAUNCHES = 8192  # that CUDA graphs keep, for which flags are set aside on each GPU
+_stores: dict[torch.device, tuple[Tensor, Iterator[int]]] = {}  # (launch, block), and numbers of launches
+_lock = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,20 +33,16 @@ class Config:
     """How the kernel for many tokens is launched.
 
     Attributes:
-        tokens: of a block: 16, 32, 64, 128 or 256.
+        tokens: of a block: 8, 16, 32, 64, 128 or 256.
         split: blocks that share the columns, and add their sums at the end.
         pair: blocks of other rows that share activations, 1 or 2; ``pair * split`` is at most 8.
         even: without ``split``, whether all blocks get as many steps, and share tiles, or only whole tiles.
-        ahead: steps of 16 columns whose weights are in registers, 2 or 4.
-        blocks: of a processor, 1 or, with at most 64 tokens, 2.
     """
 
     tokens: int = 256
     split: int = 1
     pair: int = 2
     even: bool = False
-    ahead: int = 2
-    blocks: int = 1
 
 
 def takes(layout: Layout, dtype: torch.dtype, features: int) -> bool:
@@ -46,57 +50,62 @@ def takes(layout: Layout, dtype: torch.dtype, features: int) -> bool:
     return written_in_cuda(layout) and dtype == torch.bfloat16 and features % 16 == 0
 
 
-# Microseconds of a step on an H100, for each number of tokens and blocks of a processor: measured with 64, 128 and 256
-# tokens where weights took twice the instructions, less what they do not take any more.
-STEP_TIMES = {(16, 2): 0.75, (32, 2): 0.75, (64, 1): 0.55, (64, 2): 0.8, (128, 1): 0.7, (256, 1): 1.25}
-FIXED = 6.5  # microseconds of a launch, its first loads and its last results
-TOGETHER = {1: 132, 2: 66, 3: 39, 4: 30}  # clusters of so many blocks that an H100 has at once
+# Microseconds on an H100, fitted to what 130 launches took (within 6 %); of up to 32 tokens what is expected since then
+STEP_TIMES = {8: 0.32, 16: 0.33, 32: 0.36, 64: 0.62, 128: 0.76, 256: 1.27}  # of a step of so many tokens of a block
+BEGIN, TILE = 2.8, 2.8  # of a launch, and of each tile that a block takes steps of
+SHARED = 1.0, 9.0  # what tiles that are shared take more: at all, and for each 256 tokens of a block
+SPLIT = 2.4  # what each further block of a split takes, for each 256 tokens
+TOGETHER = {2: 66, 3: 39}  # clusters of so many blocks that an H100 has at once
 
 
 def expected_time(rows: int, columns: int, tokens: int, config: Config, processors: int) -> float:
     """Return about how many microseconds a product takes."""
     steps = -(-columns // STEP)
     (blocks, _, _), shared = grid(rows, columns, tokens, config, processors)
-    clusters, sums = blocks // config.pair, config.tokens / 256  # of 128 KB
-    step = STEP_TIMES[config.tokens, config.blocks]
+    clusters, sums, step = blocks // config.pair, config.tokens / 256, STEP_TIMES[config.tokens]
     if config.split > 1:
-        together = TOGETHER[config.split * config.pair] * processors // 132
-        return FIXED + -(-clusters // together) * (-(-steps // config.split) * step + config.split * (0.6 + 0.6 * sums))
+        rounds = -(-clusters // (TOGETHER[config.split * config.pair] * processors // 132))
+        return BEGIN + rounds * (-(-steps // config.split) * step + (config.split - 1) * SPLIT * sums + TILE)
     tiles = -(-rows // (ROWS * config.pair)) * -(-tokens // config.tokens)
-    if shared:
-        return (
-            FIXED + tiles * steps / clusters * step + 1 + 1.2 * sums * (tiles // clusters + 1 + -(-clusters // tiles))
-        )
-    return FIXED + -(-tiles // clusters) * (steps * step + 1.2 * sums)
+    if not shared:
+        return BEGIN + -(-tiles // clusters) * (steps * step + TILE)
+    each = tiles / clusters  # of which it has a part of one, and whole ones and a part of another, or only parts
+    return BEGIN + each * (steps * step + TILE) + TILE + SHARED[0] + SHARED[1] * sums
 
 
 @functools.cache
 def wide_config(rows: int, columns: int, tokens: int, processors: int) -> Config:
     """Return the configuration for so many rows and columns of the codes that should take the least time."""
-    most = next((t for t in (16, 32, 64, 128) if tokens <= t), 256)
+    most = next((t for t in (8, 16, 32, 64, 128) if tokens <= t), 256)
     pair = 2 if tokens > 256 and rows > ROWS else 1
     found = [
-        Config(t, split, pair if split == 1 else 1, even, blocks=b)
-        for t, b in STEP_TIMES
-        if t == most or (t == 128 and 128 < tokens <= 1024)
+        Config(t, split, pair if split == 1 else 1, even)
+        for t in STEP_TIMES
+        if t == most or (t == 128 and 128 < tokens <= 512)
         for split, even in ((1, False), (2, False), (3, False), (1, True))
-        if b == 1 or split == 1
     ]
     return min(found, key=lambda config: expected_time(rows, columns, tokens, config, processors))
 
 
-def slots(config: Config, signs: int, passes: int, width: int) -> tuple[int, int]:
-    """Return how many steps of activations fit into the memory of a block, and the bytes that they all take."""
-    words = passes * ROWS * (signs * width * 2 + 16)
-    rest = 1024 + words + 16 + 256  # alignment and barriers
-    slot = config.tokens * 256
-    count = min((MEMORY // config.blocks - 1024 - rest) // slot, 8)
-    return count, count * slot + rest
+def blocks_at_once(config: Config, signs: int, passes: int, width: int) -> int:
+    """Return how many blocks a processor has room for: two chunks of words and more for each."""
+    return 2 if config.tokens <= TWO and 5 * passes * ROWS * signs * width * 2 <= MEMORY else 1
+
+
+def slots(config: Config, signs: int, passes: int, width: int) -> tuple[int, int, int]:
+    """Return how many steps of activations and chunks of words a block keeps in memory, and the bytes of it all."""
+    words, slot = passes * ROWS * signs * width * 2, config.tokens * 256
+    rest = 1024 + 256  # alignment and barriers
+    memory = MEMORY // blocks_at_once(config, signs, passes, width) - 1024 - rest
+    chunks = next((c for c in (3, 2) if memory - c * words >= 5 * slot), 1)
+    count = min((memory - chunks * words) // slot, 8)
+    return count, chunks, count * slot + chunks * words + rest
 
 
 def defines(words: Tensor, layout: Layout, config: Config) -> dict[str, int]:
     """Return the constants of the kernel."""
     _, passes, _, signs, width = words.shape
+    steps, chunks, _ = slots(config, signs, passes, width)
     return {
         "STAGES": layout[1],
         "PASSES": passes,
@@ -106,9 +115,11 @@ def defines(words: Tensor, layout: Layout, config: Config) -> dict[str, int]:
         "TOKENS": config.tokens,
         "SPLIT": config.split,
         "PAIR": config.pair,
-        "SLOTS": slots(config, signs, passes, width)[0],
-        "AHEAD": config.ahead,
-        "BLOCKS": config.blocks,
+        "SLOTS": steps,
+        "WORD_SLOTS": chunks,
+        "WARPS": int(config.tokens <= WARPS),
+        "EARLY": int(EARLY),
+        "BLOCKS": blocks_at_once(config, signs, passes, width),
     }
 
 
@@ -131,27 +142,47 @@ def source(constants: dict[str, int]) -> str:
     return lines + multiplication(constants["TOKENS"]) + SOURCE.read_text()
 
 
-def tensor_map(x: Tensor, tokens: int) -> ctypes.Array[ctypes.c_uint64]:
-    """Return what describes (tokens, 2 m) bf16 activations as (half, token, column) to the copy engine.
+def _tensor_map(
+    tensor: Tensor, kind: int, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]
+) -> ctypes.Array[ctypes.c_uint64]:
+    """Return what describes a tensor to the copy engine: rows of 128 bytes of a copy are swizzled, zeros lie outside.
 
-    A copy has 64 columns of so many tokens, rows of 128 bytes, swizzled; what lies outside is 0.
+    Args:
+        kind: CU_TENSOR_MAP_DATA_TYPE_... of its numbers of 16 bits.
+        sizes: the innermost first.
+        strides: bytes, of all but the innermost.
+        box: sizes of a copy.
 
     Raises:
-        RuntimeError: the driver does not take it: the rows do not begin at multiples of 16 bytes.
+        RuntimeError: the driver does not take it: addresses and strides are no multiples of 16 bytes.
     """
-    m = x.shape[1] // 2
     memory = (ctypes.c_uint64 * 24)()
     start = -ctypes.addressof(memory) % 64 // 8
     found = (ctypes.c_uint64 * 16).from_buffer(memory, start * 8)
+    rank = len(sizes)
     error = driver().cuTensorMapEncodeTiled(
-        found, 9, 3, ctypes.c_void_p(x.data_ptr()),  # bfloat16, three dimensions
-        (ctypes.c_uint64 * 3)(m, x.shape[0], 2), (ctypes.c_uint64 * 2)(2 * x.stride(0), 2 * m),
-        (ctypes.c_uint32 * 3)(64, tokens, 1), (ctypes.c_uint32 * 3)(1, 1, 1),
+        found, kind, rank, ctypes.c_void_p(tensor.data_ptr()),
+        (ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * (rank - 1))(*strides),
+        (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*[1] * rank),
         0, 3, 2, 0,  # not interleaved, swizzle of 128 bytes, 128 bytes at once into the L2 cache, zeros outside
     )  # fmt: skip
     if error:
-        raise RuntimeError(f"cuTensorMapEncodeTiled: error {error} for {tuple(x.shape)}, strides {x.stride()}")
+        raise RuntimeError(f"cuTensorMapEncodeTiled: error {error} for {tuple(tensor.shape)}, {tensor.stride()}")
     return found
+
+
+def tensor_maps(x: Tensor, words: Tensor, tokens: int) -> list[ctypes.Array[ctypes.c_uint64]]:
+    """Return maps of bf16 activations, (half, token, column), and of words, (chunk, pass, row, column).
+
+    A copy of activations has 64 columns of so many tokens, one of words 128 bytes of the rows of a block.
+    """
+    m, (chunks, passes, n, signs, width) = x.shape[1] // 2, words.shape
+    row = signs * width * 2
+    strides = [row, *(2 * words.stride(i) if words.shape[i] > 1 else row for i in (1, 0))]
+    return [
+        _tensor_map(x, 9, (m, x.shape[0], 2), (2 * x.stride(0), 2 * m), (64, tokens, 1)),  # bfloat16
+        _tensor_map(words, 1, (signs * width, n, passes, chunks), strides, (64, ROWS, 1, 1)),
+    ]
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -163,7 +194,7 @@ def grid(n: int, m: int, tokens: int, config: Config, processors: int) -> tuple[
     tiles = -(-n // (ROWS * config.pair)) * -(-tokens // config.tokens)
     if config.split > 1:
         return (tiles * config.pair, config.split, 1), 0
-    clusters = min(tiles * -(-m // STEP) if config.even else tiles, processors * config.blocks // config.pair)
+    clusters = min(tiles * -(-m // STEP) if config.even else tiles, processors // config.pair)
     # one tile and a part of another for each: then they all begin the next tile at once, with the same columns
     shared = (tiles if tiles < 2 * clusters else tiles % clusters + clusters) if config.even and tiles % clusters else 0
     return (clusters * config.pair, 1, 1), shared
@@ -180,32 +211,68 @@ def arguments(
     sums: Tensor | None,
     flags: Tensor | None,
 ) -> list[object]:
-    """Return the arguments of multiply_wide after the tensor map.
+    """Return the arguments of multiply_wide after the tensor maps.
 
     Args:
         shared: how many tiles blocks share.
         sums: float32, of such tiles, 128 x tokens for each block.
-        flags: zeros for each block.
+        flags: zeros for each block, which the kernel leaves as zeros.
     """
-    chunks, _, n, _, _ = words.shape
     return [
-        _pointer(words), _pointer(scales), _pointer(bias),
+        _pointer(scales), _pointer(bias),
         ctypes.c_int(0 if bias is None else KINDS[bias.dtype]), _pointer(places), _pointer(y),
-        ctypes.c_int(x.shape[0]), ctypes.c_int(y.shape[1]), ctypes.c_int(n),
-        ctypes.c_int(x.shape[1] // 2), ctypes.c_int(chunks), ctypes.c_longlong(words.stride(0)),
-        ctypes.c_longlong(words.stride(1)), ctypes.c_int(shared),
+        ctypes.c_int(x.shape[0]), ctypes.c_int(y.shape[1]), ctypes.c_int(words.shape[2]),
+        ctypes.c_int(x.shape[1] // 2), ctypes.c_int(words.shape[0]), ctypes.c_int(shared),
         _pointer(sums), _pointer(flags),
     ]  # fmt: skip
 
 
+def _set_flags_aside(device: torch.device) -> None:
+    """Make zeros for the launches that CUDA graphs will keep: not while one is captured."""
+    with _lock:
+        if device not in _stores and not torch.cuda.is_current_stream_capturing():
+            processors = torch.cuda.get_device_properties(device).multi_processor_count
+            zeros = torch.zeros(LAUNCHES, processors, dtype=torch.int32, device=device)
+            torch.cuda.synchronize(device)
+            _stores[device] = zeros, itertools.count()
+
+
+def launch_flags(blocks: int, device: torch.device) -> Tensor:
+    """Return zeros for the blocks of a launch, its own: others may run at the same time, on streams or in graphs.
+
+    While a CUDA graph is captured they come from what was set aside when the first kernel was compiled, so that the
+    graph need not make zeros each time.
+    """
+    if device in _stores and torch.cuda.is_current_stream_capturing():
+        zeros, numbers = _stores[device]
+        number = next(numbers)
+        if number < LAUNCHES:
+            return zeros[number, :blocks]
+    return torch.zeros(blocks, dtype=torch.int32, device=device)
+
+
 @functools.cache
-def _loaded(constants: tuple[tuple[str, int], ...], device: int) -> Kernel:
-    return kernel(source(dict(constants)), "multiply_wide", device)
+def _loaded(constants: tuple[tuple[str, int], ...], device: torch.device) -> Kernel:
+    _set_flags_aside(device)
+    given = dict(constants)
+    return kernel(source(given), "multiply_wide", device.index, early=bool(given["EARLY"]))
 
 
 def kernel_for(words: Tensor, layout: Layout, config: Config) -> Kernel:
     """Return the kernel for such words, compiled at the first use: not while a CUDA graph is captured."""
-    return _loaded(tuple(defines(words, layout, config).items()), words.device.index)
+    return _loaded(tuple(defines(words, layout, config).items()), words.device)
+
+
+def config_for(words: Tensor, features: int, tokens: int) -> Config:
+    """Return the configuration for words, the inputs that they have, and so many tokens."""
+    processors = torch.cuda.get_device_properties(words.device).multi_processor_count
+    return wide_config(words.shape[2], features // 2, tokens, processors)
+
+
+def prepare(words: Tensor, layout: Layout, features: int, tokens: Sequence[int]) -> None:
+    """Compile what multiplies such words with each of some numbers of tokens; layers that :func:`takes` takes."""
+    for config in {config_for(words, features, count) for count in tokens}:
+        kernel_for(words, layout, config)
 
 
 def wide(
@@ -221,14 +288,14 @@ def wide(
     """Multiply bf16 (tokens, in_features) into y; layers that :func:`takes` takes."""
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    config = config or wide_config(words.shape[2], x.shape[1] // 2, x.shape[0], processors)
-    memory = slots(config, *(words.shape[i] for i in (3, 1, 4)))[1]
+    config = config or config_for(words, x.shape[1], x.shape[0])
+    memory = slots(config, *(words.shape[i] for i in (3, 1, 4)))[2]
     launch = kernel_for(words, layout, config)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     blocks, shared = grid(words.shape[2], x.shape[1] // 2, x.shape[0], config, processors)
     sums = flags = None
     if shared:
         sums = torch.empty(blocks[0], 2 * ROWS, config.tokens, dtype=torch.float32, device=x.device)
-        flags = torch.zeros(blocks[0], dtype=torch.int32, device=x.device)  # of this launch: streams and graphs differ
-    given = [tensor_map(x, config.tokens), *arguments(x, words, scales, bias, y, places, shared, sums, flags)]
+        flags = launch_flags(blocks[0], x.device)
+    given = [*tensor_maps(x, words, config.tokens), *arguments(x, words, scales, bias, y, places, shared, sums, flags)]
     launch(blocks, THREADS, given, memory)

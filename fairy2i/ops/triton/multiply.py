@@ -1,7 +1,6 @@
 """Launches of the kernels in :mod:`fairy2i.ops.triton.packed`: shapes of blocks and grids, and partial sums."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,10 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
-from ..gpu import pieces, writes_bf16
+from ..gpu import writes_bf16
 from . import on_device, packed, power
 
-OVERLAP = False  # not before it is measured: whether a kernel may begin while the one before it ends, on GPUs that can
 INTERPRETED = triton.knobs.runtime.interpret  # its NumPy knows no bf16, and it cuts bits off where a GPU rounds
 Layout = Sequence[int]
 
@@ -25,38 +23,19 @@ class Config:
         signs: rows of the codes times their signs in a program (planes), or rows (blocks).
         warps: of a program.
         split: ranges of columns, each with programs of its own.
-        depth: chunks that are fetched ahead.
+        depth: chunks that are fetched ahead (planes).
         inner: chunks that a program takes at once (planes); its columns are as many times as many.
-        registers: of a thread at most.
-        magic: whether bits become numbers by the shorter way (planes; not for float32).
     """
 
     signs: int = 128
     warps: int = 2
     split: int = 1
-    depth: int = 3
-    magic: bool = True
+    depth: int = 2
     inner: int = 1
-    registers: int | None = None
-
-
-# (rows of codes, chunks, G, the power of two of tokens): measured by `benchmarks/bench_inference.py --tune`
-TUNED: dict[tuple[int, int, int, int], Config] = {}
 
 
 def _processors(tensor: Tensor) -> int:
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 4
-
-
-@functools.cache
-def _hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def _overlap(tensor: Tensor) -> dict[str, bool]:
-    """Return what lets a kernel begin while the one before it ends (programmatic dependent launch)."""
-    can = OVERLAP and not INTERPRETED and tensor.is_cuda and _hopper(tensor.device)
-    return {"OVERLAP": can, "launch_pdl": can}
 
 
 def planes_columns(tokens: int, kind: int) -> int:
@@ -70,17 +49,14 @@ def _split(words: Tensor, programs: int) -> int:
 
 
 def planes_config(words: Tensor, tokens: int) -> Config:
-    """Return the measured configuration of the planes kernel for such words, or what was good for others (H100)."""
+    """Return a configuration of the planes kernel: what was good on an H100 with phase codes."""
     chunks, _, n, signs, _ = words.shape
-    if tuned := TUNED.get((n, chunks, signs, power(tokens))):
-        return tuned
-    if tokens <= 2 and chunks > 1:  # one launch: warps of a program share its rows
-        if tokens == 1 and chunks > 2 and n * signs <= 32768:
-            return Config(signs=32, warps=2, depth=2, inner=4)
-        return Config(signs=64, warps=2, depth=2, inner=2)
-    if tokens <= 4:
-        return Config(signs=64, warps=1, depth=2, split=_split(words, triton.cdiv(n * signs, 64)))
-    return Config(signs=64, warps=1, depth=2, magic=False)
+    if tokens == 1 and chunks > 2 and n * signs <= 32768:  # one launch: warps of a program share its rows
+        return Config(signs=32, warps=2, inner=4)
+    if tokens <= 2 and chunks > 1:
+        return Config(signs=64, warps=2, inner=2)
+    split = _split(words, triton.cdiv(n * signs, 64)) if tokens <= 4 else 1
+    return Config(signs=64, warps=1, split=split)
 
 
 def blocks_config(words: Tensor, tokens: int) -> Config:
@@ -116,8 +92,7 @@ def _multiply(
             tokens, x.stride(0), y.shape[1], n, features // (2 if kind == 0 else 1),
             chunks=chunks, chunk_stride=words.stride(0), pass_stride=words.stride(1),
             KIND=kind, STAGES=stages, PASSES=passes, G=signs, BK=width, PLACES=places is not None, SPLIT=split,
-            BR=row_block, EXACT=INTERPRETED, num_warps=config.warps, maxnreg=config.registers, **_overlap(x),
-            **more,
+            BR=row_block, EXACT=INTERPRETED, num_warps=config.warps, **more,
         )  # fmt: skip
         if split > 1:
             _add_splits(to, bias, whole)
@@ -133,15 +108,13 @@ def planes(
     y: Tensor,
     layout: Layout,
     places: Tensor | None,
-    config: Config | None = None,
 ) -> None:
-    """Multiply (tokens, in_features), rows contiguous, into y; scales of the tensor or of rows."""
+    """Multiply (tokens, in_features) of bf16 or fp16, rows contiguous, into y; scales of the tensor or of rows."""
     kind, _, granularity = layout[:3]
     chunks, _, n, signs, size = words.shape
     columns = planes_columns(x.shape[0], kind)
-    config = config or planes_config(words, x.shape[0])
+    config = planes_config(words, x.shape[0])
     rows = max(config.signs // signs, 1)
-    count = pieces(x.dtype)
     halves = 2 if kind == 0 else 1
     if config.inner > 1:  # tensor cores have 8 columns at least, and few tokens do not fill them
         columns = max(min(power(x.shape[0] * halves), 32 // config.inner), 8 // config.inner)
@@ -150,10 +123,8 @@ def planes(
     _multiply(
         packed.multiply_planes, x, words, scales, bias, y, layout, places, config,
         row_block=rows, token_block=columns // halves,
-        ROWS=granularity == 1, PIECES=count, MAGIC=config.magic and count < 3, NC=columns * config.inner,
-        INNER=config.inner,
-        EVEN=n % rows == 0 and even, FULL=even and cols % (16 * size) == 0,
-        DEPTH=config.depth,
+        ROWS=granularity == 1, NC=columns * config.inner, INNER=config.inner,
+        EVEN=n % rows == 0 and even, FULL=even and cols % (16 * size) == 0, DEPTH=config.depth,
     )  # fmt: skip
 
 
@@ -165,11 +136,10 @@ def blocks(
     y: Tensor,
     layout: Layout,
     places: Tensor | None,
-    config: Config | None = None,
 ) -> None:
-    """Multiply (tokens, in_features), rows contiguous, into y; any scales."""
+    """Multiply (tokens, in_features) of bf16 or fp16, rows contiguous, into y; any scales."""
     tokens = x.shape[0]
-    config = config or blocks_config(words, tokens)
+    config = blocks_config(words, tokens)
     block = min(max(power(tokens), 16), 64)
     _multiply(
         packed.multiply_blocks, x, words, scales, bias, y, layout, places, config,
@@ -181,7 +151,7 @@ def blocks(
 def _add_splits(parts: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """Add partial sums (split, tokens, out_features), and the bias, into y."""
     grid = (triton.cdiv(y.numel(), 512),)
-    packed.add_splits[grid](parts, bias, y, *y.shape, SPLIT=parts.shape[0], BLOCK=512, num_warps=4, **_overlap(y))
+    packed.add_splits[grid](parts, bias, y, *y.shape, SPLIT=parts.shape[0], BLOCK=512, num_warps=4)
 
 
 def dense_weight(
@@ -203,7 +173,7 @@ def dense_weight(
             packed.write_dense_bf16[(triton.cdiv(n, rows), chunks)](
                 words, scales, places, dense, n, in_features // 2, words.stride(0), words.stride(1), in_features,
                 STAGES=stages, PASSES=passes, G=signs, BK=width, ROWS=granularity == 1, PLACES=places is not None,
-                BR=rows, WB=width, EXACT=INTERPRETED, num_warps=4, **_overlap(words),
+                BR=rows, WB=width, EXACT=INTERPRETED, num_warps=4,
             )  # fmt: skip
         return dense.to(dtype)
     with on_device(words):

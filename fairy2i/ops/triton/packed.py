@@ -4,30 +4,17 @@ The codes are *words* here, int16 (chunks, passes, n, G, BK): bit k of word (c, 
 column (16 c + k) BK + b, 1 for plus. A phase stage has the signs p and q of U and of W (G = 4 a stage; a code is
 (p, q), re = (p + q) / 2, im = (p - q) / 2); a binary weight is its sign, a ternary one half the sum of two.
 
-    planes   a sign is a bf16 number with one instruction for two of them, and sums of +-activations, which tensor cores
-             make, meet their scales at the end. Scales of the tensor or of a row. Multiplications: 4 T a block of 2x2
-             weights, each with both halves of x, which is 2 T times those of a dense product: for few tokens.
-    blocks   weights are made of the codes in registers in float32, then multiplied. Any scales, any dtype.
+    planes   a sign is a number of the activations' dtype with two instructions for two of them, and sums of
+             +-activations, which tensor cores make, meet their scales at the end. Scales of the tensor or of a row.
+             Multiplications: 4 T a block of 2x2 weights, each with both halves of x, which is 2 T times those of a
+             dense product: for few tokens.
+    blocks   weights are made of the codes in registers in float32, rounded once, then multiplied. Any scales.
     dense    weights are made of the codes and written, as in blocks; or two at a time in fp16, where they are bf16, of
              phase codes, with scales of the tensor or of a row: each scale is rounded to 11 bits, and so is each sum of
              two, so that the weight is more exact than bf16 before it is rounded to it.
 
-How bits become numbers without a shift for each: ``(word & 1 << b) | 2^(7 - b)`` is 2^(7 - b) or one more in bf16, and
-the sum that the middle of both would give, the same for all rows, is made by one more small product and taken off. Bits
-1 to 6 have such a middle: three shifts for 16 planes. MAGIC off: the bit is shifted to the place of the sign, an
-instruction more, and nothing is taken off; for float32, where the difference of two larger sums is not exact enough.
-
-Instructions a weight at T = 2, counted in the machine code of the loop for sm_90 (Triton 3.6): planes 1.7 with 64 signs
-a warp, up to 4 tokens, of them 1.1 bitwise, which run at half the rate; T = 1 takes half. blocks 16. Writing dense
-weights 8 (in float32 14). Other ways, by arithmetic: adding +-activations 8; dot products of 8 bits 2.5, for
-activations of 16 bits, at half the rate; a table of 256 blocks in shared memory 1.4, but three look-ups meet in a bank,
-so it ends at two fifths of the memory's rate.
-
-OVERLAP: the next kernel may begin as soon as all programs of this one have (programmatic dependent launch). Before a
-kernel waits for the one before, it touches nothing but the L2 cache: it asks for its words and scales.
-
-Activations are split into PIECES bf16 numbers, 1 for bf16, 2 for fp16, 3 for fp32, that add up to them. Sums are
-float32, in one order, without atomics: a result has the same bits in each run.
+Activations are bf16 or fp16 (of planes and blocks): tensor cores take no other that would be as exact as PyTorch, whose
+float32 has dense alone. Sums are float32, in one order, without atomics: a result has the same bits in each run.
 """
 
 # mypy: ignore-errors
@@ -35,19 +22,11 @@ float32, in one order, without atomics: a result has the same bits in each run.
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-
-@triton.jit
-def _piece(rest):
-    """Return a bf16 number near ``rest``, and what it leaves over: exactly, of float32."""
-    near = (rest.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
-    return near, rest - near
 
 
 @triton.jit
 def _dot(a, b, total, EXACT: tl.constexpr):
-    """Multiply bf16 matrices; EXACT for Triton's interpreter, whose NumPy has no bf16."""
+    """Multiply matrices of 16 bits; EXACT for Triton's interpreter, whose NumPy has no bf16."""
     if EXACT:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
     else:
@@ -55,31 +34,25 @@ def _dot(a, b, total, EXACT: tl.constexpr):
 
 
 # two words of 16 bits in a register: bits that a shift brings over from the other are masked away
-MAGIC_SHIFTS = tl.constexpr(tuple(f"{what}.b32 $0, $1, {by};" for what, by in (("shl", 1), ("shr", 5), ("shr", 11))))
-MAGIC_ONES = tl.constexpr(tuple((127 + 6 - k) << 7 for k in range(6)))  # bf16 2^(7 - b), with b = 1 + k
-MAGIC_BITS = tl.constexpr(
-    tuple(f"lop3.b32 $0, $1, {0x20002 << k:#x}, {0x10001 * ((127 + 6 - k) << 7):#x}, 0xEA;" for k in range(6))
-)  # and, or
-SIGN_SHIFTS = tl.constexpr(tuple(f"shl.b32 $0, $1, {15 - k};" for k in range(16)))
-SIGN_BITS = tl.constexpr("lop3.b32 $0, $1, 0x80008000, 0xBF80BF80, 0x6A;")  # and, xor
+SHIFTS = tl.constexpr(tuple(f"shl.b32 $0, $1, {15 - k};" for k in range(16)))
+_MINUS_ONE = (0xBF80, 0xBC00)  # bf16, fp16
+MINUS_ONE = tl.constexpr(_MINUS_ONE)
+SIGNS = tl.constexpr(  # and, xor
+    tuple(f"lop3.b32 $0, $1, 0x80008000, {one * 0x10001:#x}, 0x6A;" for one in _MINUS_ONE)
+)
 
 
 @triton.jit
-def _sign(word, k: tl.constexpr, MAGIC: tl.constexpr, EXACT: tl.constexpr):
-    """Return bit k of int16 words as bf16: -1 or 1; MAGIC: 2^(7 - b) or one more, with b = 1 + k % 6."""
+def _sign(word, k: tl.constexpr, kind: tl.constexpr, EXACT: tl.constexpr):
+    """Return bit k of int16 words as bf16 or fp16: -1 or 1."""
+    which: tl.constexpr = 0 if kind == tl.bfloat16 else 1
     if EXACT:
-        word = word.to(tl.uint16, bitcast=True)
-        if MAGIC:
-            shifted = word << 1 if k < 6 else word >> (6 * (k // 6) - 1)
-            bits = (shifted & (2 << (k % 6))) | MAGIC_ONES[k % 6]
-        else:
-            bits = ((word << (15 - k)) & 0x8000) ^ 0xBF80
-        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    if MAGIC:
-        word = tl.inline_asm_elementwise(MAGIC_SHIFTS[k // 6], "=r,r", [word], tl.int16, True, 2)
-        return tl.inline_asm_elementwise(MAGIC_BITS[k % 6], "=r,r", [word], tl.bfloat16, True, 2)
-    word = tl.inline_asm_elementwise(SIGN_SHIFTS[k], "=r,r", [word], tl.int16, True, 2)
-    return tl.inline_asm_elementwise(SIGN_BITS, "=r,r", [word], tl.bfloat16, True, 2)
+        bits = ((word.to(tl.uint16, bitcast=True) << (15 - k)) & 0x8000) ^ MINUS_ONE[which]
+        bits = bits.to(tl.uint16)
+    else:
+        bits = tl.inline_asm_elementwise(SHIFTS[k], "=r,r", [word], tl.int16, True, 2)
+        bits = tl.inline_asm_elementwise(SIGNS[which], "=r,r", [bits], tl.int16, True, 2)
+    return bits.to(kind, bitcast=True)
 
 
 @triton.jit
@@ -102,30 +75,33 @@ def _store(
 
 
 @triton.jit
-def _prefetch(pointers, OVERLAP: tl.constexpr):
-    """Bring what will be loaded at the end nearer: a program should wait for the memory once, not twice."""
-    if OVERLAP:
-        at = pointers.to(tl.int64)
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at], tl.int32, False, 1)
+def _scaled(acc, scales, s, row, n, ROWS: tl.constexpr):
+    """Return the sums of a pass times their scales, for the upper outputs and the lower ones, (BR, tokens) each.
 
-
-@triton.jit
-def _prefetch_block(pointer, size, OVERLAP: tl.constexpr):
-    """Bring ``size`` bytes, a multiple of 16, nearer; one thread asks for them."""
-    if OVERLAP:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; mov.u32 $0, %tid.x; setp.eq.u32 p, $0, 0;"
-            " @p cp.async.bulk.prefetch.L2.global [$1], $2; }",
-            "=r,l,r", [pointer.to(tl.int64), size], tl.int32, False, 1,
-        )  # fmt: skip
-
-
-@triton.jit
-def _take_over(OVERLAP: tl.constexpr):
-    """Let the next kernel begin, and wait for the one before: up to here nothing was read or written that it made."""
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
+    Args:
+        acc: (BR, G, columns), sums of +-activations of each sign; a column is (token, half).
+        s: which pass.
+        row: (BR,), of the codes.
+    """
+    G: tl.constexpr = acc.shape[1]
+    columns: tl.constexpr = acc.shape[2]
+    row = row[:, None, None]
+    g = tl.arange(0, G)[None, :, None]
+    half = (tl.arange(0, columns) % 2)[None, None, :]
+    uw = (g // 2) % 2
+    q = g % 2
+    base = ((s * (G // 4) + g // 4) * 2 + uw) * 2
+    width = n if ROWS else 1
+    where = row if ROWS else row * 0
+    inside = (row < n) & (g < G) & (half < 2)
+    upper = tl.load(scales + (base + half) * width + where, inside, 0.0)
+    lower = tl.load(scales + (base + 1 - half) * width + where, inside, 0.0)
+    upper = tl.where((half == 1) & (uw == q), -upper, upper)
+    lower = tl.where(tl.where(half == 0, q, uw) == 1, -lower, lower)
+    upper = tl.sum(upper * acc, 1)
+    lower = tl.sum(lower * acc, 1)
+    by_half: tl.constexpr = [acc.shape[0], columns // 2, 2]
+    return tl.sum(tl.reshape(upper, by_half), 2), tl.sum(tl.reshape(lower, by_half), 2)
 
 
 @triton.jit
@@ -133,9 +109,9 @@ def multiply_planes(
     x, words, scales, bias, places, y,
     tokens, x_stride, y_stride, n, m, chunks, chunk_stride, pass_stride,
     KIND: tl.constexpr, STAGES: tl.constexpr, PASSES: tl.constexpr, G: tl.constexpr, BK: tl.constexpr,
-    ROWS: tl.constexpr, PLACES: tl.constexpr, PIECES: tl.constexpr, MAGIC: tl.constexpr, SPLIT: tl.constexpr,
+    ROWS: tl.constexpr, PLACES: tl.constexpr, SPLIT: tl.constexpr,
     INNER: tl.constexpr, BR: tl.constexpr, NC: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
-    DEPTH: tl.constexpr, OVERLAP: tl.constexpr, EXACT: tl.constexpr,
+    DEPTH: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Write y, or with SPLIT > 1 the partial sums (SPLIT, tokens, out_features) of ranges of chunks.
 
@@ -146,11 +122,10 @@ def multiply_planes(
     """
     HALVES: tl.constexpr = 2 if KIND == 0 else 1
     NT: tl.constexpr = NC // INNER  # columns of a chunk
+    kind: tl.constexpr = x.dtype.element_ty
     split = tl.program_id(1)
     first_token = tl.program_id(2) * (NT // HALVES)
     row0 = tl.program_id(0) * BR
-    if ROWS:
-        _prefetch(scales + tl.arange(0, 32) % (4 * STAGES if KIND == 0 else 1) * n + row0, OVERLAP)
     signs = tl.arange(0, INNER * BR * G)
     row = row0 + signs % (BR * G) // G
     its_chunk = signs // (BR * G)
@@ -165,18 +140,11 @@ def multiply_planes(
     )
     first = (chunks * split) // SPLIT
     last = (chunks * (split + 1)) // SPLIT
-    if OVERLAP:
-        size = tl.minimum(n - row0, BR) * (G * BK * 2)
-        for c in range(first, last):
-            for s in tl.static_range(PASSES):
-                at = words + c.to(tl.int64) * chunk_stride + s * pass_stride + row0 * (G * BK)
-                _prefetch_block(at, size, OVERLAP)
-    _take_over(OVERLAP)
+    rows = row0 + tl.arange(0, BR)
     total = tl.zeros([BR, NT // HALVES], tl.float32)
     total2 = tl.zeros([BR, NT // HALVES], tl.float32)
-    for s in tl.static_range(PASSES):
+    for s in range(PASSES):
         acc = tl.zeros([INNER * BR * G, NC], tl.float32)
-        middle = tl.zeros([16, NC], tl.float32)
         for c in tl.range(first, last, INNER, num_stages=DEPTH):
             at = word_at + c * chunk_stride + s * pass_stride
             if EVEN:
@@ -184,60 +152,22 @@ def multiply_planes(
             else:
                 word = tl.load(at, ((row < n) & (c + its_chunk < last))[:, None], 0)
             columns_left = tl.where(c + chunk_of < last, m - (c + chunk_of) * (16 * BK), 0)
-            before = acc
-            if PIECES == 3:  # float32: the sum of a chunk for itself, as tensor cores cut off what is too small
-                acc = tl.zeros([INNER * BR * G, NC], tl.float32)
             for k in tl.static_range(16):
                 if FULL:
                     value = tl.load(x_at + (c * 16 + k) * BK)
                 else:
-                    inside = (k * BK + kk)[:, None] < columns_left[None, :]
-                    value = tl.load(x_at + (c * 16 + k) * BK, inside, 0.0)
-                if PIECES > 1:
-                    value = value.to(tl.float32)
-                sign = _sign(word, k, MAGIC, EXACT)
-                for piece in tl.static_range(PIECES):
-                    if piece + 1 < PIECES:
-                        near, value = _piece(value)
-                        near = near.to(tl.bfloat16)
-                    else:
-                        near = value.to(tl.bfloat16)
-                    if PIECES == 3:
-                        acc += _dot(sign, near, tl.zeros([INNER * BR * G, NC], tl.float32), EXACT)
-                    else:
-                        acc = _dot(sign, near, acc, EXACT)
-                    if MAGIC:
-                        center = (tl.zeros([16, BK], tl.float32) + ((64 >> (k % 6)) + 0.5)).to(tl.bfloat16)
-                        middle = _dot(center, near, middle, EXACT)
-            if PIECES == 3:
-                acc += before
-        if MAGIC:
-            acc = acc - (tl.sum(middle, 0) * 0.0625)[None, :]
-        else:
-            acc = acc * 0.5
+                    value = tl.load(x_at + (c * 16 + k) * BK, (k * BK + kk)[:, None] < columns_left[None, :], 0.0)
+                acc = _dot(_sign(word, k, kind, EXACT), value, acc, EXACT)
+        acc = acc * 0.5
         acc = tl.where(its_chunk[:, None] == chunk_of[None, :], acc, 0.0) if INNER > 1 else acc
         acc = tl.sum(tl.reshape(acc, [INNER * BR * G, INNER, NT]), 1) if INNER > 1 else acc
         acc = tl.sum(tl.reshape(acc, [INNER, BR * G, NT]), 0) if INNER > 1 else acc
-        acc = tl.reshape(acc, [BR, G, NT])
-        rows3 = tl.reshape(row0 + tl.arange(0, BR), [BR, 1, 1])
-        g = tl.reshape(tl.arange(0, G), [1, G, 1])
         if KIND == 0:
-            half3 = tl.reshape(tl.arange(0, NT) % HALVES, [1, 1, NT])
-            uw = (g // 2) % 2
-            q = g % 2
-            base = ((s * (G // 4) + g // 4) * 2 + uw) * 2
-            width = n if ROWS else 1
-            where = rows3 if ROWS else rows3 * 0
-            inside = (rows3 < n) & (g < G) & (half3 < 2)
-            one = tl.load(scales + (base + half3) * width + where, inside, 0.0)
-            two = tl.load(scales + (base + 1 - half3) * width + where, inside, 0.0)
-            one = tl.where((half3 == 1) & (uw == q), -one, one)
-            two = tl.where(tl.where(half3 == 0, q, uw) == 1, -two, two)
-            total += tl.sum(tl.reshape(tl.sum(one * acc, 1), [BR, NT // 2, 2]), 2)
-            total2 += tl.sum(tl.reshape(tl.sum(two * acc, 1), [BR, NT // 2, 2]), 2)
+            upper, lower = _scaled(tl.reshape(acc, [BR, G, NT]), scales, s, rows, n, ROWS)
+            total += upper
+            total2 += lower
         else:
-            total += tl.sum(acc, 1)
-    rows = row0 + tl.arange(0, BR)
+            total += tl.sum(tl.reshape(acc, [BR, G, NT]), 1)
     tokens_here = first_token + tl.arange(0, NT // HALVES)
     inside = (rows < n)[:, None] & (tokens_here < tokens)[None, :]
     if KIND == 1:  # a binary weight is twice half its sign
@@ -247,9 +177,8 @@ def multiply_planes(
 
 
 @triton.jit
-def add_splits(parts, bias, y, tokens, out_features, SPLIT: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
+def add_splits(parts, bias, y, tokens, out_features, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
     """Add partial sums (SPLIT, tokens, out_features) in order, and the bias."""
-    _take_over(OVERLAP)
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     size = tokens * out_features
     inside = place < size
@@ -340,10 +269,9 @@ def multiply_blocks(
     tokens, x_stride, y_stride, n, m, tile, chunks, chunk_stride, pass_stride,
     KIND: tl.constexpr, STAGES: tl.constexpr, PASSES: tl.constexpr, G: tl.constexpr, BK: tl.constexpr,
     GROUPS: tl.constexpr, PLACES: tl.constexpr, SPLIT: tl.constexpr, BR: tl.constexpr, BM: tl.constexpr,
-    OVERLAP: tl.constexpr, EXACT: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """Write y, or the partial sums (SPLIT, tokens, out_features): weights made in registers, BR rows by BM tokens."""
-    _take_over(OVERLAP)
     split = tl.program_id(1)
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     token = tl.program_id(2) * BM + tl.arange(0, BM)
@@ -354,25 +282,18 @@ def multiply_blocks(
     total2 = tl.zeros([BR, BM], tl.float32)
     for c in range((chunks * split) // SPLIT, (chunks * (split + 1)) // SPLIT):
         found = _load_words(words + c * chunk_stride, row, n, kk, pass_stride, PASSES, G, BK)
-        before, before2 = total, total2
-        if kind == tl.float32:  # the sum of a chunk for itself
-            total = tl.zeros([BR, BM], tl.float32)
-            total2 = tl.zeros([BR, BM], tl.float32)
         for k in range(16):
             j = (c * 16 + k) * BK
             if j < m:
                 a11, a12, a21, a22 = _weights(found, scales, k, row, j + kk, n, m, tile, KIND, STAGES, G, GROUPS)
                 inside = (j + kk < m)[:, None] & (token < tokens)[None, :]
                 x1 = tl.load(x_at + j, inside, 0.0).to(kind)
-                total = tl.dot(a11.to(kind), x1, total, input_precision="ieee")
+                total = tl.dot(a11.to(kind), x1, total)
                 if KIND == 0:
                     x2 = tl.load(x_at + m + j, inside, 0.0).to(kind)
-                    total = tl.dot(a12.to(kind), x2, total, input_precision="ieee")
-                    total2 = tl.dot(a21.to(kind), x1, total2, input_precision="ieee")
-                    total2 = tl.dot(a22.to(kind), x2, total2, input_precision="ieee")
-        if kind == tl.float32:
-            total += before
-            total2 += before2
+                    total = tl.dot(a12.to(kind), x2, total)
+                    total2 = tl.dot(a21.to(kind), x1, total2)
+                    total2 = tl.dot(a22.to(kind), x2, total2)
     inside = (row < n)[:, None] & (token < tokens)[None, :]
     _store(y, bias, places, total, total2, row, token, inside, n, tokens, y_stride, KIND, PLACES, SPLIT)
 
@@ -499,10 +420,9 @@ def write_dense(
 def write_dense_bf16(
     words, scales, places, dense, n, m, chunk_stride, pass_stride, in_features,
     STAGES: tl.constexpr, PASSES: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, ROWS: tl.constexpr,
-    PLACES: tl.constexpr, BR: tl.constexpr, WB: tl.constexpr, OVERLAP: tl.constexpr, EXACT: tl.constexpr,
+    PLACES: tl.constexpr, BR: tl.constexpr, WB: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Write the dense weight of phase codes with scales of the tensor or of rows, in bf16."""
-    _take_over(OVERLAP)
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     last = tl.minimum(row, n - 1)
     c = tl.program_id(1) // (BK // WB)

@@ -1,4 +1,4 @@
-"""ops/cuda/decode.cu compiled for the processor, by g++ and decode_on_cpu.h, in place of a kernel on a GPU."""
+"""ops/cuda/decode.cu and several.cu compiled for the processor, by g++ and decode_on_cpu.h, in place of GPU kernels."""
 
 import ctypes
 import dataclasses
@@ -35,7 +35,7 @@ def ready(folder, default):
         several = tokens > 2 and dtype != torch.float32
         config = config or dataclasses.replace(default, halves=several, ranges=2 if several else 1)
         found = decode._planned(shape, stages, tokens, dtype, decode.chip(device), config)
-        run = _library(decode.source(shape, stages, dtype, aligned, found), folder).run
+        run = _library(decode.source(shape, stages, dtype, aligned, decode.chip(device).hopper, found), folder).run
         return lambda grid, _, given, memory: run(grid[0], memory, ctypes.byref(given[0])), found
 
     return stand_in

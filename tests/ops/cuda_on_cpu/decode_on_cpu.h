@@ -1,8 +1,9 @@
-// What ops/cuda/decode.cu takes from the machine, for g++.
+// What ops/cuda/decode.cu and several.cu take from the machine, for g++.
 // Asynchronous copies happen where they are waited for, so that memory which is read too early, or is asked for again
 // before it was read, shows as wrong results. Fragments of mma m16n8k32 and m16n8k16 are laid out as the PTX ISA says.
 // The blocks of a cluster run at the same time, clusters one after the other.
 #include <cmath>
+#include <map>
 
 #include "fibres.h"
 
@@ -32,6 +33,7 @@ struct Fibre : BareFibre {
     int thread;
     std::vector<std::vector<Copy>> groups;
     std::vector<Copy> open;
+    bool alone = false; // whether what came before has been waited for
 };
 static Index gridDim;
 static Meeting all; // of a cluster
@@ -41,13 +43,42 @@ static std::vector<Block> blocks;
 #define blockIdx (Index{current->block->index})
 #define memory (current->block->start)
 
+inline void let_next_begin() {}
+inline void wait_for_previous() { current->alone = true; }
 template <int BYTES> void copy_async(void *to, const void *from) {
     if ((u64)to % BYTES || (u64)from % BYTES) fail("a copy that is not aligned");
     std::memset(to, 0x55, BYTES);
     current->open.push_back({to, from, BYTES});
 }
+// A barrier's phase is in memory; what it waits for is in a map.
+struct Awaited { bool expected = false; long bytes = 0; std::vector<Copy> copies; };
+static std::map<u64 *, Awaited> awaited;
+inline void barrier_init(u64 *barrier) { *barrier = 0, awaited[barrier] = Awaited(); }
+inline void barriers_ready() {}
+inline void expect(u64 *barrier, u32 bytes) {
+    Awaited &here = awaited.at(barrier);
+    if (here.expected) fail("a barrier that is expected twice");
+    here.expected = true, here.bytes += bytes;
+}
+inline void copy_bulk(void *to, const void *from, u32 bytes, u64 *barrier) {
+    if ((u64)to % 16 || (u64)from % 16 || bytes % 16 || bytes == 0) fail("a copy that is not aligned");
+    std::memset(to, 0x55, bytes);
+    awaited.at(barrier).bytes -= bytes, awaited.at(barrier).copies.push_back({to, from, (int)bytes});
+}
+inline void wait_for(u64 *barrier, u32 parity) {
+    while (*barrier == parity) {
+        Awaited &here = awaited.at(barrier);
+        if (here.expected && here.bytes == 0) {
+            for (const Copy &copy : here.copies) std::memcpy(copy.to, copy.from, copy.bytes);
+            here = Awaited(), *barrier ^= 1, idle = 0;
+        } else {
+            give_way();
+        }
+    }
+}
 template <class T> T load_now(const T *from) {
     if ((u64)from % sizeof(T)) fail("a load that is not aligned");
+    if (!current->alone) fail("a load before the kernel before this one has ended");
     return *from;
 }
 inline void commit() {
@@ -60,6 +91,7 @@ template <int LEFT> void wait() {
         current->groups.erase(current->groups.begin());
     }
 }
+inline void shared_max(u32 *to, u32 value) { *to = *to > value ? *to : value; }
 inline void __syncthreads() { meet(current->block->meeting); }
 inline void all_sync() { meet(all); }
 inline Two load_of(const Two *from, int rank) {
@@ -67,9 +99,9 @@ inline Two load_of(const Two *from, int rank) {
     if (blocks.at(rank).running == 0) fail("memory of a block that has ended");
     return *(const Two *)(blocks.at(rank).start + at);
 }
-inline void shared_max(u32 *to, u32 value) { *to = *to > value ? *to : value; }
 inline Warp &warp_here() { return *current->warp; }
 inline int lane_here() { return current->thread % 32; }
+inline void warp_sync() { meet(warp_here().meeting); }
 
 inline Warp &with_operands(u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     Warp &w = warp_here();
@@ -91,7 +123,12 @@ inline void mma(int *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     }
     meet(w.meeting);
 }
-inline float half_at(u32 word, int i) { const u16 bits = (u16)(word >> 16 * i); _Float16 h; std::memcpy(&h, &bits, 2); return (float)h; }
+inline float half_at(u32 word, int i) {
+    const u16 bits = (u16)(word >> 16 * i);
+    _Float16 h;
+    std::memcpy(&h, &bits, 2);
+    return (float)h;
+}
 inline void mma(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     const int lane = lane_here(), g = lane / 4, t = lane % 4;
     Warp &w = with_operands(a0, a1, a2, a3, b0, b1);
@@ -122,10 +159,15 @@ inline u32 warp_max(u32 value) {
 }
 #define __uint_as_float(x) of_bits(x)
 #define __float_as_uint(x) bits_of(x)
-inline float from_lane_xor(float value, int other) {
+template <class T> T from_lane_xor(T value, int other) {
     const int lane = lane_here();
-    return of_bits(exchange(bits_of(value), [=](const u32 *v) { return v[lane ^ other]; }));
+    u32 bits[sizeof(T) / 4];
+    std::memcpy(bits, &value, sizeof value);
+    for (u32 &one : bits) one = exchange(one, [=](const u32 *v) { return v[lane ^ other]; });
+    std::memcpy(&value, bits, sizeof value);
+    return value;
 }
+inline int from_first_lane(int value) { return (int)exchange((u32)value, [](const u32 *v) { return v[0]; }); }
 inline u32 bytes_of(u32 low, u32 high, u32 which) {
     const u64 both = (u64)high << 32 | low;
     u32 found = 0;

@@ -2,15 +2,13 @@
 #include "wide.cu"
 
 static struct {
-    Map map;
-    const short *words;
+    Map map, words;
     const float *scales;
     const void *bias;
     int bias_kind;
     const int *places;
     u16 *y;
     int tokens, out_features, n, m, chunks;
-    long long chunk_stride, pass_stride;
     int shared;
     float *far_sums;
     int *flags;
@@ -18,17 +16,16 @@ static struct {
 
 static void one() {
     multiply_wide(call.map, call.words, call.scales, call.bias, call.bias_kind, call.places, call.y, call.tokens,
-                  call.out_features, call.n, call.m, call.chunks, call.chunk_stride, call.pass_stride,
-                  call.shared, call.far_sums, call.flags);
+                  call.out_features, call.n, call.m, call.chunks, call.shared, call.far_sums,
+                  call.flags);
 }
 
-extern "C" void run(const u64 *map, const short *words, const float *scales, const void *bias, int bias_kind,
-                    const int *places, u16 *y, int tokens, int out_features, int n, int m, int chunks,
-                    long long chunk_stride, long long pass_stride, int shared, float *far_sums, int *flags, int grid_x,
-                    int bytes) {
-    call = {{}, words, scales, bias, bias_kind, places, y, tokens, out_features, n, m, chunks, chunk_stride, pass_stride,
-            shared, far_sums, flags};
+extern "C" void run(const u64 *map, const u64 *words, const float *scales, const void *bias, int bias_kind,
+                    const int *places, u16 *y, int tokens, int out_features, int n, int m, int chunks, int shared,
+                    float *far_sums, int *flags, int grid_x, int bytes) {
+    call = {{}, {}, scales, bias, bias_kind, places, y, tokens, out_features, n, m, chunks, shared, far_sums, flags};
     std::memcpy(call.map.opaque, map, sizeof(Map));
+    std::memcpy(call.words.opaque, words, sizeof(Map));
     gridDim = {grid_x, SPLIT, 1};
     for (int x = 0; x < grid_x; x += PAIR) run_cluster(x, PAIR, SPLIT, bytes, one);
 }

@@ -30,8 +30,8 @@ struct Block {
     unsigned rank;
     std::vector<unsigned char> memory;
     std::map<unsigned, Arrivals> arrivals;
-    Meeting all, multipliers, warps[12];
-    unsigned lanes[12][2][32];
+    Meeting all, multipliers, told[4], warps[12];
+    unsigned lanes[12][6][32];
     Warpgroup groups[2];
 };
 struct Cluster { std::vector<std::unique_ptr<Block>> blocks; Meeting all; };
@@ -40,7 +40,8 @@ struct Fibre : BareFibre {
     Index thread;
     int issued = 0, finished = 0;       // products
     std::vector<int> groups;            // products up to each commit
-    float *sums = nullptr;
+    std::vector<float *> sums;          // of each product
+    bool after = false;                 // whether the kernel before has ended
 };
 #define current static_cast<Fibre *>(running)
 #define threadIdx (current->thread)
@@ -54,6 +55,12 @@ DEVICE void cluster_sync() { meet(current->block->cluster->all); }
 DEVICE void __syncthreads() { meet(current->block->all); }
 DEVICE void __syncwarp() { meet(current->block->warps[current->thread.x / 32]); }
 DEVICE void multipliers_sync() { meet(current->block->multipliers); }
+template <int ID> void told_wait() { meet(current->block->told[ID]); }
+template <int ID> void told_arrive() {
+    Meeting &m = current->block->told[ID];
+    if (++m.here == m.size) m.here = 0, m.round++;
+    idle = 0;
+}
 DEVICE unsigned in_block(unsigned address, unsigned rank) { return (rank + 1) << 24 | address; }
 inline Block &block_of(unsigned address) {
     const unsigned rank = address >> 24;
@@ -93,8 +100,13 @@ inline void brought(Block &block, unsigned barrier, int bytes) {
     if (a.pending < a.count) a.check(); // before anything is expected, a phase does not end
 }
 
+DEVICE void kernel_after_may_begin() {}
+DEVICE void kernel_before_ended() { current->after = true; }
+inline void only_after() { if (!current->after) fail("the kernel before may still run"); }
+
 // opaque: pointer, columns, tokens, halves, strides of tokens and halves in elements
 DEVICE void bring_tile(unsigned to, const Map *map, int column, int token, int half, unsigned barrier, u16 blocks) {
+    only_after();
     const u16 *x = (const u16 *)map->opaque[0];
     const long m = map->opaque[1], tokens = map->opaque[2], halves = map->opaque[3];
     if (to % 1024 || half >= halves) fail("a wrong tile");
@@ -111,11 +123,20 @@ DEVICE void bring_tile(unsigned to, const Map *map, int column, int token, int h
         brought(block, barrier, TOKENS * 128);
     }
 }
-DEVICE void bring(unsigned to, const void *from, int bytes, unsigned barrier) {
-    if (to % 16 || (u64)from % 16 || bytes % 16) fail("a copy that is not aligned");
-    for (int i = 0; i < bytes; i++) *memory_of(*current->block, to + i, 1) = ((const unsigned char *)from)[i];
-    brought(*current->block, barrier, bytes);
+// opaque: pointer, columns, rows, passes, chunks, strides of rows, passes and chunks in elements
+DEVICE void bring_words(unsigned to, const Map *map, int part, int row, int pass, int chunk, unsigned barrier) {
+    const u16 *words = (const u16 *)map->opaque[0] + pass * map->opaque[6] + chunk * map->opaque[7];
+    const int columns = map->opaque[1], rows = map->opaque[2];
+    if (to % 1024 || pass >= (int)map->opaque[3] || chunk >= (int)map->opaque[4]) fail("wrong words");
+    for (int i = 0; i < BLOCK_ROWS; i++)
+        for (int j = 0; j < 64; j++) {
+            const bool inside = row + i < rows && part * 64 + j < columns;
+            const u16 value = inside ? words[(row + i) * map->opaque[5] + part * 64 + j] : 0;
+            std::memcpy(memory_of(*current->block, to + i * 128 + ((j / 8) ^ (i % 8)) * 16 + j % 8 * 2, 2), &value, 2);
+        }
+    brought(*current->block, barrier, BLOCK_ROWS * 128);
 }
+DEVICE void prefetch(const Map *) {}
 template <class T> T shared(unsigned address) {
     T found;
     std::memcpy(&found, memory_of(block_of(address), address, sizeof(T)), sizeof(T));
@@ -135,6 +156,25 @@ DEVICE void store_transposed(unsigned at, unsigned first, unsigned second) {
     for (int i = 0; i < 8 && lane < 16; i++) {
         const u16 value = (u16)(lanes[lane / 8][i * 4 + lane % 8 / 2] >> lane % 2 * 16);
         std::memcpy(memory_of(*current->block, at + 2 * i, 2), &value, 2);
+    }
+    __syncwarp();
+}
+// What the lanes of a warp give, once all of them have, until they meet again.
+using Lanes = unsigned[6][32];
+inline Lanes &all_lanes(std::initializer_list<unsigned> given) {
+    Lanes &lanes = current->block->lanes[current->thread.x / 32];
+    int i = 0;
+    for (unsigned value : given) lanes[i++][current->thread.x % 32] = value;
+    __syncwarp();
+    return lanes;
+}
+DEVICE void load_matrices(unsigned *into, unsigned at) {
+    const int lane = current->thread.x % 32;
+    const Lanes &lanes = all_lanes({at});
+    for (int i = 0; i < 4; i++) {
+        const unsigned row = lanes[0][8 * i + lane / 4];
+        if (row % 16) fail("a wrong address");
+        into[i] = load_shared(row + lane % 4 * 4);
     }
     __syncwarp();
 }
@@ -178,14 +218,30 @@ DEVICE unsigned multiply_add(unsigned a, unsigned b, unsigned c) {
 }
 DEVICE unsigned and_xor(unsigned a, unsigned b, unsigned c) { return (a & b) ^ c; }
 DEVICE unsigned bfloats(float low, float high) { return Bfloat::from(low) | (unsigned)Bfloat::from(high) << 16; }
-DEVICE float of_half(u16 bits) { _Float16 h; std::memcpy(&h, &bits, 2); return (float)h; }
-DEVICE void store_far4(float *to, const float *v) { std::memcpy(to, v, 16); }
-DEVICE float4 load_far4(const float *from) { return {from[0], from[1], from[2], from[3]}; }
-DEVICE void flag_set(int *flag, int value) {
-    if (*flag == value) fail("a flag that is set twice");
-    *flag = value, idle = 0;
+DEVICE void multiply_in_warp(float *d, const unsigned *a, const unsigned *b) {
+    const int lane = current->thread.x % 32;
+    const Lanes &lanes = all_lanes({a[0], a[1], a[2], a[3], b[0], b[1]});
+    const auto number = [&](int i, int row, int k) {
+        return Bfloat::to((u16)(lanes[i][row * 4 + k % 8 / 2] >> k % 2 * 16));
+    };
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < 16; k++)
+            d[i] += number(i / 2 + k / 8 * 2, lane / 4, k) * number(4 + k / 8, lane % 4 * 2 + i % 2, k);
+    __syncwarp();
 }
-DEVICE void flag_wait(const int *flag) { while (*flag == 0) give_way(); } // a block that has ended: in order
+DEVICE float of_half(u16 bits) { _Float16 h; std::memcpy(&h, &bits, 2); return (float)h; }
+DEVICE void store_far4(float *to, const float *v) { only_after(), std::memcpy(to, v, 16); }
+DEVICE float4 load_far4(const float *from) { only_after(); return {from[0], from[1], from[2], from[3]}; }
+DEVICE void flag_set(int *flag) {
+    only_after();
+    if (*flag) fail("a flag that is set twice");
+    *flag = 1, idle = 0;
+}
+DEVICE void flag_take(int *flag) {
+    only_after();
+    while (*flag == 0) give_way(); // a block that has ended: in order
+    *flag = 0;
+}
 
 inline Warpgroup &group() { return current->block->groups[current->thread.x / 128]; }
 DEVICE void mma_fence() {}
@@ -195,7 +251,7 @@ DEVICE void mma(float *sums, const unsigned *a, u64 descriptor) {
     Product &product = *g.products[current->issued++];
     std::memcpy(product.a[current->thread.x % 128], a, 16);
     product.descriptor = descriptor;
-    current->sums = sums;
+    current->sums.push_back(sums);
 }
 DEVICE void mma_commit() { current->groups.push_back(current->issued); }
 template <int N> DEVICE void mma_wait() {
@@ -205,6 +261,7 @@ template <int N> DEVICE void mma_wait() {
     const int thread = current->thread.x % 128, warp = thread / 32, row = thread % 32 / 4, t = thread % 4;
     for (; last > 0 && current->finished < current->groups[last - 1]; current->finished++) {
         const Product &product = *g.products[current->finished];
+        float *sums = current->sums[current->finished];
         const unsigned start = (product.descriptor & 0x3fff) << 4, stride = (product.descriptor >> 32 & 0x3fff) << 4;
         if (product.descriptor >> 62 != 1) fail("a descriptor of another swizzle");
         float a[2][16];
@@ -217,7 +274,7 @@ template <int N> DEVICE void mma_wait() {
                 unsigned at = start + n / 8 * stride + n % 8 * 128 + k * 2;
                 at ^= (at >> 7 & 7) << 4;
                 const float b = Bfloat::to(shared<u16>(at));
-                for (int half = 0; half < 2; half++) current->sums[n / 8 * 4 + half * 2 + n % 2] += a[half][k] * b;
+                for (int half = 0; half < 2; half++) sums[n / 8 * 4 + half * 2 + n % 2] += a[half][k] * b;
             }
         }
     }
@@ -237,6 +294,7 @@ inline void run_cluster(int x0, int pair, int split, int bytes, void (*kernel)()
         block->memory.assign(1040 + bytes, 0xff); // NaN
         block->all.size = 384, block->multipliers.size = 256;
         for (auto &warp : block->warps) warp.size = 32;
+        for (auto &told : block->told) told.size = 288;
         for (auto &group : block->groups) group.meeting.size = 128;
         for (int thread = 0; thread < 384; thread++) {
             auto fibre = std::make_unique<Fibre>();
