@@ -211,8 +211,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--backend",
         default="auto",
         choices=PACKED_BACKENDS,
-        help="what multiplies packed weights (default: cpu_exact on the CPU, else the reference); cpu_int8 rounds "
-        "activations to 8 bits and is the fastest on the CPU; gpu is for NVIDIA GPUs",
+        help="what multiplies packed weights (default: cpu_exact on the CPU, gpu on an NVIDIA GPU, the reference where "
+        "there are no kernels); cpu_int8 rounds activations to 8 bits and is the fastest on the CPU",
     )
     generate.add_argument(
         "--fast",
