@@ -123,6 +123,7 @@ def signs_and_passes(kind: int, stages: int) -> tuple[int, int]:
     return 4 * together, stages // together
 
 
+@functools.cache
 def words_shape(rows: int, cols: int, kind: int, stages: int) -> tuple[int, ...]:
     """Return the shape of the words of codes with so many rows and columns."""
     signs, passes = signs_and_passes(kind, stages)

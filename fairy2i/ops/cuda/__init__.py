@@ -22,7 +22,7 @@ import torch
 
 KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # what kernels are told of a dtype
 SMALL = 48 << 10  # bytes of shared memory that need no leave
-_DYNAMIC_MEMORY, _SHARED_PERCENT, _LOCAL_BYTES, _REGISTERS = 8, 9, 3, 4  # CU_FUNC_ATTRIBUTE_...
+_DYNAMIC_MEMORY, _SHARED_PERCENT = 8, 9  # CU_FUNC_ATTRIBUTE_...
 _RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 _INVALID_CONTEXT = 201
 _EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -152,7 +152,6 @@ class Kernel:
     Attributes:
         early: whether blocks start before the kernel before them in the stream has ended: until they have passed
             ``griddepcontrol.wait`` they may only read what that kernel does not write.
-        registers, spilled: of a thread; spilled in bytes of its local memory.
     """
 
     def __init__(self, code: bytes, name: str, device: int, early: bool = False) -> None:
@@ -169,12 +168,6 @@ class Kernel:
                 _check(found, f"finding {name}")
             finally:
                 driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
-        self.registers, self.spilled = self._attribute(_REGISTERS), self._attribute(_LOCAL_BYTES)
-
-    def _attribute(self, which: int) -> int:
-        value = ctypes.c_int()
-        _check(driver().cuFuncGetAttribute(ctypes.byref(value), which, self._function), "cuFuncGetAttribute")
-        return value.value
 
     def allow(self, memory: int) -> None:
         """Let blocks have so many bytes of dynamic shared memory; launches see to it themselves."""

@@ -13,9 +13,7 @@
 //               part; with bit 14 the other way, the real part. That is five instructions for two columns of a phase
 //               (shift; and; and + xor; two multiply-adds with scales -s / 2 in bf16), 25 for 8 weights of two stages.
 //     order     bits from 15 down to 0, even and odd ones in two words; columns of a chunk thus descend
-//     few       WARPS, for up to 32 tokens: each warp multiplies for itself, by mma.sync, and need not wait for tensor
-//               cores (a wgmma takes 44 clocks at least). Its numbers and sums lie where those of wgmma do.
-//     early     EARLY: blocks begin while the kernel before runs, and fetch words; all else waits for that one's end.
+//     early     blocks begin while the kernel before runs, and fetch words; all else waits for that one's end.
 //     threads   2 warpgroups multiply; of a third one warp asks for activations, one for words, one tells other blocks
 //               of sums and waits for theirs. While wgmma reads the registers of 16 columns, the next are decoded.
 //     cluster   PAIR blocks with other rows share the activations, each brings a half and sends it to all of them;
@@ -28,7 +26,7 @@
 //               other tiles follow, one for each cluster at a time. What the next tile needs is fetched meanwhile.
 //
 // Compiled at run time for: STAGES PASSES G BK (of the words), ROWS (scales of rows), TOKENS SPLIT PAIR, SLOTS (steps
-// of activations in shared memory), WORD_SLOTS (chunks of words there), WARPS, EARLY, BLOCKS (of a processor).
+// of activations in shared memory), WORD_SLOTS (chunks of words there).
 
 typedef unsigned long long u64;
 typedef unsigned short u16;
@@ -46,12 +44,11 @@ constexpr int WIDTHS = BK / 16;            // groups of 16 columns of a bit
 constexpr bool KEEP = STAGES <= 2;         // whether the words of a chunk stay in registers
 constexpr int HELD = KEEP ? WIDTHS : 1;
 constexpr int TILES = TOKENS / 8;
-// Sums of products that need not wait for each other: a wgmma that does takes about 100 clocks, those of 256 tokens pass
-// meanwhile.
-constexpr int CHAINS = WARPS ? 3 - BLOCKS : TOKENS <= 64 ? 4 : TOKENS == 128 ? 2 : 1;
+// Sums of products that need not wait for each other: a wgmma that does takes about 100 clocks, which pass meanwhile
+// with 256 tokens.
+constexpr int CHAINS = TOKENS <= 64 ? 4 : TOKENS == 128 ? 2 : 1;
 constexpr int MULTIPLIERS = 256;           // threads
-constexpr int REGISTERS = BLOCKS == 2 ? 104 : 224; // of them, and of the others: three times what threads begin with
-constexpr int OTHERS_REGISTERS = BLOCKS == 2 ? 32 : 56;
+constexpr int REGISTERS = 224, OTHERS_REGISTERS = 56; // of them, and of the others: in all what threads begin with
 constexpr int LEFT = 2, READY = 3;         // barriers: sums lie in memory; those of other blocks do
 constexpr int FAR_TILES = TILES < 16 ? TILES : 16; // sums that are loaded at once: of so many groups of 8 tokens
 constexpr int FAR_BLOCKS = 16 / FAR_TILES;         // of so many blocks
@@ -131,21 +128,8 @@ DEVICE void store_transposed(unsigned at, unsigned first, unsigned second) {
     asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" :: "r"(at), "r"(first), "r"(second)
                  : "memory");
 }
-// Four times 8 x 8 numbers of 16 bits, rows where lanes 0 to 7, 8 to 15 and so on say: (i, 2 j) and (i, 2 j + 1) for lane
-// 4 i + j.
-DEVICE void load_matrices(unsigned *into, unsigned at) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(into[0]), "=r"(into[1]), "=r"(into[2]), "=r"(into[3]) : "r"(at) : "memory");
-}
-// A warp multiplies 16 rows and 16 columns with 8 tokens.
-DEVICE void multiply_in_warp(float *d, const unsigned *a, const unsigned *b) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-DEVICE void kernel_after_may_begin() { if (EARLY) asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
-DEVICE void kernel_before_ended() { if (EARLY) asm volatile("griddepcontrol.wait;" ::: "memory"); }
+DEVICE void kernel_after_may_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+DEVICE void kernel_before_ended() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 // Of shared memory alone: else it waits for what lies in the GPU's, results among it.
 DEVICE void before_fetching() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // Sums that other blocks read: past the L1 cache. A flag is set after them, and read before.
@@ -270,7 +254,7 @@ DEVICE void take_words(unsigned *word, unsigned at, int width, int shift) {
 
 extern "C" __global__ void
 #ifdef __CUDACC__
-__launch_bounds__(384, BLOCKS) __cluster_dims__(PAIR, SPLIT, 1)
+__launch_bounds__(384, 1) __cluster_dims__(PAIR, SPLIT, 1)
 #endif
 multiply_wide(const __grid_constant__ Map map, const __grid_constant__ Map words, const float *scales, const void *bias,
               int bias_kind, const int *places, u16 *y, int tokens, int out_features, int n, int m, int chunks,
@@ -391,8 +375,6 @@ multiply_wide(const __grid_constant__ Map map, const __grid_constant__ Map words
         unsigned my_words; // the first one of the lane in the chunk
         // K-major rows of 128 bytes, swizzled, groups of 8 tokens 1024 bytes apart
         const u64 kind = (u64)1 << 62 | (u64)64 << 32 | (u64)1 << 16;
-        // where the lane's rows of activations lie: of 8 tokens the piece of 16 bytes, the next one, of 8 more the same
-        const unsigned of_lane = lane / 16 * 1024 + lane % 8 * 128 + (lane / 8 % 2 ^ lane % 8) * 16;
         // Decode group q of 4 of the step `at` of 16 columns.
         auto make = [&](const Step &at, int q, unsigned *into) {
             const int width = WIDTHS == 2 ? q / 2 : 0, bit = WIDTHS == 2 ? q % 2 : q;
@@ -458,27 +440,16 @@ multiply_wide(const __grid_constant__ Map map, const __grid_constant__ Map words
             if (KEEP && then < tiles) keep();
             for (int step = first; step < last; step++) {
                 barrier_wait(full + 8 * slot, phase);
-                const unsigned here = base + slot * SLOT;
-                const u64 real = kind | here >> 4, imaginary = real + (SLOT / 2 >> 4);
+                const u64 real = kind | (base + slot * SLOT) >> 4, imaginary = real + (SLOT / 2 >> 4);
 #pragma unroll
                 for (int q = 0; q < 4; q++) {
                     // the columns of group q: for two widths (1, 0), (0, 0), (1, 1), (0, 1) of (bit, width), else down
                     const int offset = WIDTHS == 2 ? (q % 2 ? 0 : 4) + q / 2 * 2 : 6 - 2 * q;
-                    if (WARPS) {
-                        unsigned b[4];
-#pragma unroll
-                        for (int i = 0; i < 2 * TILES; i++) { // 8 tokens each: real inputs, then imaginary ones
-                            if (i % 2 == 0) load_matrices(b, ((here + of_lane) ^ offset * 16) + i * 1024);
-                            const int half = i / TILES;
-                            multiply_in_warp(sums[half % CHAINS] + i % TILES * 4, a[q % 2] + half * 4, b + i % 2 * 2);
-                        }
-                    } else {
-                        mma_fence();
-                        mma(sums[2 * q % CHAINS], a[q % 2], real + offset);
-                        mma(sums[(2 * q + 1) % CHAINS], a[q % 2] + 4, imaginary + offset);
-                        mma_commit();
-                        mma_wait<1>();
-                    }
+                    mma_fence();
+                    mma(sums[2 * q % CHAINS], a[q % 2], real + offset);
+                    mma(sums[(2 * q + 1) % CHAINS], a[q % 2] + 4, imaginary + offset);
+                    mma_commit();
+                    mma_wait<1>();
                     if (q == 0 && before >= 0) release(before); // nobody reads it any more
                     if (q < 3) make(at, q + 1, a[(q + 1) % 2]);
                     else if (step + 1 < last) {
@@ -493,7 +464,7 @@ multiply_wide(const __grid_constant__ Map map, const __grid_constant__ Map words
                 before = slot;
                 if (++slot == SLOTS) slot = 0, phase ^= 1;
             }
-            if (!WARPS) mma_wait<0>();
+            mma_wait<0>();
 #pragma unroll
             for (int i = 0; i < TOKENS / 2; i++)
 #pragma unroll

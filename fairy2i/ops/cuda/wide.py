@@ -20,9 +20,6 @@ STEP = 64  # columns of the codes
 THREADS = 384
 MEMORY = 233472  # bytes of shared memory of a processor; of each block the driver takes 1024
 Layout = Sequence[int]
-WARPS = 32  # tokens of a block up to which each warp multiplies for itself (mma.sync), more go to warpgroups (wgmma)
-TWO = 16  # tokens of a block up to which a processor has two, if memory allows: one of the next kernel fetches words
-EARLY = True  # whether blocks begin while the kernel before still runs
 LAUNCHES = 8192  # that CUDA graphs keep, for which flags are set aside on each GPU
 _stores: dict[torch.device, tuple[Tensor, Iterator[int]]] = {}  # (launch, block), and numbers of launches
 _lock = threading.Lock()
@@ -33,7 +30,7 @@ class Config:
     """How the kernel for many tokens is launched.
 
     Attributes:
-        tokens: of a block: 8, 16, 32, 64, 128 or 256.
+        tokens: of a block: 16, 32, 64, 128 or 256.
         split: blocks that share the columns, and add their sums at the end.
         pair: blocks of other rows that share activations, 1 or 2; ``pair * split`` is at most 8.
         even: without ``split``, whether all blocks get as many steps, and share tiles, or only whole tiles.
@@ -50,9 +47,9 @@ def takes(layout: Layout, dtype: torch.dtype, features: int) -> bool:
     return written_in_cuda(layout) and dtype == torch.bfloat16 and features % 16 == 0
 
 
-# Microseconds on an H100, fitted to what 130 launches took (within 6 %); of up to 32 tokens what is expected since then
-STEP_TIMES = {8: 0.32, 16: 0.33, 32: 0.36, 64: 0.62, 128: 0.76, 256: 1.27}  # of a step of so many tokens of a block
-BEGIN, TILE = 2.8, 2.8  # of a launch, and of each tile that a block takes steps of
+# Microseconds on an H100, fitted to what 130 launches took (within 10 % up to 512 tokens); 32 lies between 16 and 64
+STEP_TIMES = {16: 0.45, 32: 0.5, 64: 0.62, 128: 0.76, 256: 1.27}  # of a step of so many tokens of a block
+BEGIN, TILE = 1.5, 2.8  # of a launch, and of each tile that a block takes steps of
 SHARED = 1.0, 9.0  # what tiles that are shared take more: at all, and for each 256 tokens of a block
 SPLIT = 2.4  # what each further block of a split takes, for each 256 tokens
 TOGETHER = {2: 66, 3: 39}  # clusters of so many blocks that an H100 has at once
@@ -76,7 +73,7 @@ def expected_time(rows: int, columns: int, tokens: int, config: Config, processo
 @functools.cache
 def wide_config(rows: int, columns: int, tokens: int, processors: int) -> Config:
     """Return the configuration for so many rows and columns of the codes that should take the least time."""
-    most = next((t for t in (8, 16, 32, 64, 128) if tokens <= t), 256)
+    most = next((t for t in (16, 32, 64, 128) if tokens <= t), 256)
     pair = 2 if tokens > 256 and rows > ROWS else 1
     found = [
         Config(t, split, pair if split == 1 else 1, even)
@@ -87,16 +84,11 @@ def wide_config(rows: int, columns: int, tokens: int, processors: int) -> Config
     return min(found, key=lambda config: expected_time(rows, columns, tokens, config, processors))
 
 
-def blocks_at_once(config: Config, signs: int, passes: int, width: int) -> int:
-    """Return how many blocks a processor has room for: two chunks of words and more for each."""
-    return 2 if config.tokens <= TWO and 5 * passes * ROWS * signs * width * 2 <= MEMORY else 1
-
-
 def slots(config: Config, signs: int, passes: int, width: int) -> tuple[int, int, int]:
     """Return how many steps of activations and chunks of words a block keeps in memory, and the bytes of it all."""
     words, slot = passes * ROWS * signs * width * 2, config.tokens * 256
     rest = 1024 + 256  # alignment and barriers
-    memory = MEMORY // blocks_at_once(config, signs, passes, width) - 1024 - rest
+    memory = MEMORY - 1024 - rest
     chunks = next((c for c in (3, 2) if memory - c * words >= 5 * slot), 1)
     count = min((memory - chunks * words) // slot, 8)
     return count, chunks, count * slot + chunks * words + rest
@@ -117,9 +109,6 @@ def defines(words: Tensor, layout: Layout, config: Config) -> dict[str, int]:
         "PAIR": config.pair,
         "SLOTS": steps,
         "WORD_SLOTS": chunks,
-        "WARPS": int(config.tokens <= WARPS),
-        "EARLY": int(EARLY),
-        "BLOCKS": blocks_at_once(config, signs, passes, width),
     }
 
 
@@ -254,8 +243,7 @@ def launch_flags(blocks: int, device: torch.device) -> Tensor:
 @functools.cache
 def _loaded(constants: tuple[tuple[str, int], ...], device: torch.device) -> Kernel:
     _set_flags_aside(device)
-    given = dict(constants)
-    return kernel(source(given), "multiply_wide", device.index, early=bool(given["EARLY"]))
+    return kernel(source(dict(constants)), "multiply_wide", device.index, early=True)
 
 
 def kernel_for(words: Tensor, layout: Layout, config: Config) -> Kernel:

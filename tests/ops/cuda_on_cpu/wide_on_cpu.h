@@ -1,6 +1,7 @@
 // What ops/cuda/wide.cu takes from the machine, for g++.
-// wgmma happens where it is waited for, so that memory that is given back too early shows as wrong results. The layouts
-// are those of the PTX ISA: fragments of wgmma m64nNk16, descriptors, and the swizzle of 128 bytes by address bits.
+// wgmma happens where it is waited for, so that memory and registers that are given back too early show as wrong results.
+// The layouts are those of the PTX ISA: fragments of wgmma m64nNk16, descriptors, and the swizzle of 128 bytes by address
+// bits.
 #include <algorithm>
 #include <cmath>
 #include <map>
@@ -18,7 +19,7 @@ struct Arrivals { // an mbarrier
     int count = 0, pending = 0, bytes = 0, phase = 0;
     void check() { if (pending == 0 && bytes == 0) pending = count, phase ^= 1; }
 };
-struct Product { unsigned a[128][4]; u64 descriptor; };
+struct Product { const unsigned *a[128]; u64 descriptor; };
 struct Warpgroup {
     Meeting meeting;
     std::vector<std::unique_ptr<Product>> products;
@@ -31,7 +32,7 @@ struct Block {
     std::vector<unsigned char> memory;
     std::map<unsigned, Arrivals> arrivals;
     Meeting all, multipliers, told[4], warps[12];
-    unsigned lanes[12][6][32];
+    unsigned lanes[12][2][32];
     Warpgroup groups[2];
 };
 struct Cluster { std::vector<std::unique_ptr<Block>> blocks; Meeting all; };
@@ -159,25 +160,6 @@ DEVICE void store_transposed(unsigned at, unsigned first, unsigned second) {
     }
     __syncwarp();
 }
-// What the lanes of a warp give, once all of them have, until they meet again.
-using Lanes = unsigned[6][32];
-inline Lanes &all_lanes(std::initializer_list<unsigned> given) {
-    Lanes &lanes = current->block->lanes[current->thread.x / 32];
-    int i = 0;
-    for (unsigned value : given) lanes[i++][current->thread.x % 32] = value;
-    __syncwarp();
-    return lanes;
-}
-DEVICE void load_matrices(unsigned *into, unsigned at) {
-    const int lane = current->thread.x % 32;
-    const Lanes &lanes = all_lanes({at});
-    for (int i = 0; i < 4; i++) {
-        const unsigned row = lanes[0][8 * i + lane / 4];
-        if (row % 16) fail("a wrong address");
-        into[i] = load_shared(row + lane % 4 * 4);
-    }
-    __syncwarp();
-}
 DEVICE void before_fetching() {}
 DEVICE void more_registers() {}
 DEVICE void fewer_registers() {}
@@ -218,17 +200,6 @@ DEVICE unsigned multiply_add(unsigned a, unsigned b, unsigned c) {
 }
 DEVICE unsigned and_xor(unsigned a, unsigned b, unsigned c) { return (a & b) ^ c; }
 DEVICE unsigned bfloats(float low, float high) { return Bfloat::from(low) | (unsigned)Bfloat::from(high) << 16; }
-DEVICE void multiply_in_warp(float *d, const unsigned *a, const unsigned *b) {
-    const int lane = current->thread.x % 32;
-    const Lanes &lanes = all_lanes({a[0], a[1], a[2], a[3], b[0], b[1]});
-    const auto number = [&](int i, int row, int k) {
-        return Bfloat::to((u16)(lanes[i][row * 4 + k % 8 / 2] >> k % 2 * 16));
-    };
-    for (int i = 0; i < 4; i++)
-        for (int k = 0; k < 16; k++)
-            d[i] += number(i / 2 + k / 8 * 2, lane / 4, k) * number(4 + k / 8, lane % 4 * 2 + i % 2, k);
-    __syncwarp();
-}
 DEVICE float of_half(u16 bits) { _Float16 h; std::memcpy(&h, &bits, 2); return (float)h; }
 DEVICE void store_far4(float *to, const float *v) { only_after(), std::memcpy(to, v, 16); }
 DEVICE float4 load_far4(const float *from) { only_after(); return {from[0], from[1], from[2], from[3]}; }
@@ -249,7 +220,7 @@ DEVICE void mma(float *sums, const unsigned *a, u64 descriptor) {
     Warpgroup &g = group();
     if ((int)g.products.size() <= current->issued) g.products.push_back(std::make_unique<Product>());
     Product &product = *g.products[current->issued++];
-    std::memcpy(product.a[current->thread.x % 128], a, 16);
+    product.a[current->thread.x % 128] = a;
     product.descriptor = descriptor;
     current->sums.push_back(sums);
 }
