@@ -3,7 +3,7 @@
     python benchmarks/bench_inference.py --out inference.json              # kernels, under three minutes
     python benchmarks/bench_inference.py --parts model --out model.json    # LLaMA-2-7B's shape; compiling takes minutes
     python benchmarks/bench_inference.py --check                           # no times: kernels against PyTorch
-    python benchmarks/bench_inference.py --tune --out tune.json            # how decode is launched; the thresholds
+    python benchmarks/bench_inference.py --tune --out tune.json            # how decode is launched; ways side by side
     TRITON_INTERPRET=1 python benchmarks/bench_inference.py --device cpu   # that it runs, on small shapes
 
 Weights are random codes: speed and size, never quality. A call is one in a CUDA graph that goes through so many copies
@@ -12,7 +12,7 @@ work and the clock meet all of them; times are medians over the rounds with the 
 what a copy moves in the same run, counting both directions; launch_us is a kernel that does nothing. The model decodes
 greedily from a prompt of 128 tokens, with a static cache and `torch.compile(mode="reduce-overhead")` of the whole
 model, ours and nn.Linear alike. --check uses several processes, as most of its time is waiting for the compiler.
---tune ends with lines for `TUNED` of ops/cuda/decode.py, and with `Thresholds` of ops/gpu.py.
+--tune prints lines for `TUNED` of ops/cuda/decode.py, and times of each way, which `Thresholds` of ops/gpu.py follow.
 """
 
 import argparse
@@ -84,6 +84,7 @@ class Timer:
         self.count, self.cuda, self.call, self.kept = count, device == "cuda", call, call
         if self.cuda:
             side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 call()
             torch.cuda.current_stream().wait_stream(side)
@@ -316,7 +317,6 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{kind} {shape} {tokens}: {best[0]}, {rate:.0f} GB/s, of {len(rows)}/{len(configs)}; then {best[1:3]}")
     print("\n".join(["TUNED = {", *found["paste"], "}"]), flush=True)
     end = begin + args.budget
-    faster: dict[str, list[int]] = {"planes": [], "wide": []}
     can = gpu.why_no_cuda("wide") is None and args.dtype == torch.bfloat16
     for shape, tokens in itertools.product(args.shapes[:4], (16, 32, 64, 256, 512, 1024) if can else ()):
         if time.monotonic() > end:
@@ -326,13 +326,7 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
         calls = {way: packed_call(KINDS["W2"], shape, x, way) for way in tried}
         timers = {way: Timer(call, count, args.device) for way, (call, count, _) in calls.items()}
         found["ways"][f"{shape[0]}x{shape[1]}, {tokens} tokens"] = row = take_turns(timers, 5)
-        us = {way: times["median"] for way, times in row.items()}
-        print(shape, tokens, us, flush=True)
-        if min(us, key=us.__getitem__) != "dense":
-            faster[min(us, key=us.__getitem__)].append(tokens)
-    wide = max(faster["wide"] or [0]) if can else gpu.THRESHOLDS.wide
-    found["thresholds"] = f"Thresholds(planes={max(faster['planes'] or [16])}, wide={wide})"
-    print("the most tokens for which a way was the fastest for some shape:", found["thresholds"], flush=True)
+        print(shape, tokens, {way: times["median"] for way, times in row.items()}, flush=True)
     return found
 
 
@@ -534,7 +528,7 @@ def parse_args() -> argparse.Namespace:
     args.shapes = [tuple(map(int, s.split("x"))) for s in args.shapes or []] or (
         [(34, 66)] if small else [*SHAPES, *JOINED] if args.tune else SHAPES
     )
-    args.tokens = args.tokens or ([1] if small else [1, 16] if args.tune else TOKENS)
+    args.tokens = args.tokens or ([1] if small else [1, 2, 4, 8] if args.tune else TOKENS)
     args.rounds, args.rounds_model = (2, 1) if small else (args.rounds, args.rounds_model)
     args.prompt = min(args.prompt, 5) if small else args.prompt
     args.dtype = getattr(torch, args.dtype)

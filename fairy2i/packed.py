@@ -76,7 +76,7 @@ def _tell_not_ready() -> None:
     _tell(
         logging.WARNING,
         "packed layers were compiled before a kernel had their codes, so the graph multiplies by PyTorch, slowly; "
-        "call use_backend(model, 'cpu_exact'), or the model, before torch.compile",
+        "call the model, or use_backend(model, 'cpu_exact' or 'gpu'), before torch.compile",
     )
 
 
@@ -214,7 +214,7 @@ class PackedLinear(nn.Module):
             if not self.scales.is_contiguous():
                 self.scales = self.scales.contiguous()
             if mode in gpu.MODES:
-                gpu.prepare_rotation(self.in_features, self.scheme.rotation, self.scales.device)
+                gpu.prepare_memory(self.in_features, self.scheme.rotation, layout, self.scales.device)
                 self._hold(None, words)
                 self._layout, self._kernel = layout, gpu.describe(words, self.scales)
                 return self._kernel
@@ -239,7 +239,8 @@ class PackedLinear(nn.Module):
         if kernel is not None and (x is None or x.dtype in cpu.DTYPES):  # a move of the layer lets its kernel go
             if kernel.mode_name == backend:
                 return backend
-            if backend == "auto" and gpu.AUTO and kernel.memory[1].is_cuda and not (self.training or self.keep_dense):
+            automatic = backend == "auto" and gpu.AUTO and kernel.memory[1].is_cuda
+            if automatic and not (self.training or self.keep_dense or self._offloaded()):
                 return kernel.mode_name
         on_gpu = backend in gpu.MODES or (backend == "auto" and gpu.auto_takes(self.scales.device))
         if on_gpu and not gpu.takes(self.scales.device):
@@ -248,7 +249,7 @@ class PackedLinear(nn.Module):
             problem = f"the layer is on {self.scales.device}"
         elif x is not None and x.dtype not in cpu.DTYPES:
             problem = f"it does not take {x.dtype} activations"
-        elif getattr(getattr(self, "_hf_hook", None), "offload", False):
+        elif self._offloaded():
             problem = "accelerate has offloaded the layer, and brings its codes for each call anew"
         if backend == "auto":
             usable = problem is None and not (self.training or self.keep_dense)
@@ -366,6 +367,8 @@ class PackedLinear(nn.Module):
             _tell_not_ready()
             return F.linear(x, self.dense_weight_as(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         if not compiling and (self._kernel is None or self._kernel.scales != self.scales.data_ptr()):
+            if self._group is not None:
+                self._group.dissolve()
             self._repacked(backend)
             _join([self, *self._siblings])  # after a move, which parted them
         group = self._group
@@ -384,13 +387,16 @@ class PackedLinear(nn.Module):
             layer._ahead = (x, version, None, output)
         return outputs[0]
 
+    def _offloaded(self) -> bool:
+        """Return whether accelerate keeps the codes elsewhere between calls."""
+        return "_hf_hook" in self.__dict__ and getattr(self._hf_hook, "offload", False)
+
     def _on_gpu(self) -> bool:
         """Return whether kernels on a GPU multiply, from the first call on if not yet."""
         backend = DEFAULT if self.backend == "auto" else self.backend
         if backend == "auto":
             return gpu.auto_takes(self.scales.device) and self.backend_for() in gpu.MODES
-        offloaded = getattr(getattr(self, "_hf_hook", None), "offload", False)
-        return backend in gpu.MODES and gpu.takes(self.scales.device) and not offloaded
+        return backend in gpu.MODES and gpu.takes(self.scales.device) and not self._offloaded()
 
     def _compile(self, dtype: torch.dtype) -> None:
         """Compile now what multiplies single tokens of a dtype on a GPU, for the layer or its group."""
@@ -448,6 +454,12 @@ class PackedLinear(nn.Module):
         layout = layout_of(self.scheme, "gpu")
         shape = code_rows_and_columns(self.out_features, self.in_features, layout[0])
         return gpu.languages(layout, shape, self.scales.device)
+
+    def train(self, mode: bool = True) -> "PackedLinear":
+        """Set training mode, in which the layer holds its codes in the order of the format: that is what is read."""
+        if mode:
+            self._repack(None)
+        return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedLinear":
         self._repack(None)
@@ -536,10 +548,10 @@ def use_backend(model: nn.Module, backend: Backend) -> nn.Module:
     """Choose what multiplies in the packed layers of a model; nothing that is saved depends on it.
 
     With a kernel the codes are repacked now, else at the first call: do it before torch.compile. Kernels of CUDA C++
-    are compiled for single tokens of the dtype that the model's parameters have, for others when they come. And layers
-    that see the same input (q, k and v; gate and up) are computed in one call from now on, where there are few tokens:
-    when the first is called, the others' outputs wait for the same tensor to come. On the CPU, decoder layers of
-    LLaMA's form take single tokens as a whole (:mod:`fairy2i.decoding`).
+    are compiled for single tokens of the dtype that the model's parameters have, and for 16 and 256 tokens in bfloat16;
+    for others when they come. And layers that see the same input (q, k and v; gate and up) are computed in one call
+    from now on, where there are few tokens: when the first is called, the others' outputs wait for the same tensor to
+    come. On the CPU, decoder layers of LLaMA's form take single tokens as a whole (:mod:`fairy2i.decoding`).
 
     Args:
         model: any module.
@@ -562,8 +574,7 @@ def use_backend(model: nn.Module, backend: Backend) -> nn.Module:
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.backend = backend
-            offloaded = getattr(getattr(module, "_hf_hook", None), "offload", False)
-            if backend in cpu.MODES and module.scales.device.type == "cpu" and not offloaded:
+            if backend in cpu.MODES and module.scales.device.type == "cpu" and not module._offloaded():
                 module._repacked(backend)
             if module._on_gpu():
                 module._repacked("gpu")

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fairy2i import METHODS, PackedLinear, PhaseScheme, QATLinear, RealScheme
-from fairy2i.packed import keep_dense_weights
+from fairy2i.ops import cpu
+from fairy2i.packed import keep_dense_weights, use_backend
 
 ROW = PhaseScheme(granularity="row", scales="learned")
 SCHEMES = [
@@ -274,3 +275,14 @@ def test_kept_dense_weights_follow_a_move_of_the_model():
     model = keep_dense_weights(nn.Sequential(packed_layer(bias=False)))
     model(torch.randn(3, IN))
     assert model.to("meta")(torch.randn(3, IN, device="meta")).is_meta
+
+
+@pytest.mark.skipif(cpu.why_off() is not None, reason="needs the CPU's kernels")
+def test_training_reads_the_codes_in_the_order_of_the_format():
+    layer = use_backend(packed_layer(METHODS["complex_phase_v2"]).eval(), "cpu_exact")
+    x, words = torch.randn(2, layer.in_features), layer.words
+    expected = layer(x)
+    assert words is not None
+    codes = layer.train()._buffers["codes"]
+    assert codes is not None and layer.words is None
+    torch.testing.assert_close(layer.eval()(x), expected)

@@ -2,8 +2,8 @@
 
 What multiplies is a *way*: "decode" (few tokens) and "wide" (many) are CUDA C++ (ops/cuda), "planes", "blocks" and
 "dense" (cuBLAS, after a kernel has written the weight) are Triton, which does everything where CUDA C++ cannot be used.
-float32 activations have "decode", which adds integers, and "dense": other sums are not as exact as those of PyTorch.
-Both are imported at the first use of a kernel. *Words* are int16 (chunks, passes, n, G, BK): bit k of word
+Both are imported at the first use of a kernel. float32 activations have "decode", which adds integers, and "dense":
+other sums are not as exact as those of PyTorch. *Words* are int16 (chunks, passes, n, G, BK): bit k of word
 (c, s, i, g, b) is the sign g of row i and column (16 c + k) BK + b of the codes, 1 for plus (ops/triton/packed.py). A
 pass has the signs of 1, 2 or 4 phase stages, (p, q) of U, then of W, of each; a real layer has one pass, of 1 sign
 (binary) or 2 (ternary). Columns are padded to whole chunks; the bits of the padding are 0 and nothing reads them.
@@ -14,6 +14,7 @@ import functools
 import importlib.util
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 
@@ -32,7 +33,7 @@ AUTO = True  # whether "auto" takes these kernels on a GPU
 
 @dataclasses.dataclass
 class Thresholds:
-    """The most tokens that a way is used for; `benchmarks/bench_inference.py --tune` measures them.
+    """The most tokens that a way is used for, by what `benchmarks/bench_inference.py` measures.
 
     Attributes:
         wide_from: the fewest that "wide" is used for; it is preferred to other ways from there on.
@@ -103,7 +104,9 @@ def takes(device: torch.device) -> bool:
 
 @functools.cache
 def _can_use(device: torch.device) -> bool:
-    return why_off(device) is None
+    # Triton compiles what launches a kernel
+    compilers = (os.environ.get("CC", ""), "gcc", "clang")
+    return why_off(device) is None and any(shutil.which(name) for name in compilers)
 
 
 @torch.compiler.assume_constant_result
@@ -149,9 +152,17 @@ def _unpack_signs(words: Tensor, cols: int) -> Tensor:
     return bits.movedim(0, 1).flatten(1)[:, :cols] != 0
 
 
+def _check_not_captured(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "packed layers cannot be repacked for the GPU's kernels while a CUDA graph is captured: "
+            "call the model, or fairy2i.packed.use_backend(model, 'gpu'), before"
+        )
+
+
 def _written(words: Tensor) -> Tensor:
     """Wait until words are written: kernels that are launched early read them while those before still run."""
-    if words.is_cuda and not torch.cuda.is_current_stream_capturing():
+    if words.is_cuda:
         torch.cuda.current_stream(words.device).synchronize()
     return words
 
@@ -163,7 +174,11 @@ def repack(codes: Tensor, shape: tuple[int, int], layout: tuple[int, ...]) -> Te
         codes: uint8, on any device.
         shape: rows and columns of the codes.
         layout: kind, stages or planes, and more.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
     """
+    _check_not_captured(codes.device)
     kind, stages = layout[:2]
     words = torch.empty(words_shape(*shape, kind, stages), dtype=torch.int16, device=codes.device)
     chunks, _, _, signs, width = words.shape
@@ -225,10 +240,14 @@ def _hadamard(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return rotate(torch.eye(width), width).to(dtype).to(device)
 
 
-def prepare_rotation(features: int, rotation: int, device: torch.device) -> None:
-    """Make the matrices of a layer's rotation: before a CUDA graph is captured, whose memory is not for keeping."""
+def prepare_memory(features: int, rotation: int, layout: Sequence[int], device: torch.device) -> None:
+    """Make what a layer's calls share and keep: before a CUDA graph is captured, whose memory is not for keeping."""
     for dtype in DTYPES if rotation else ():
         _hadamard(block_width(features, rotation), dtype, device)
+    if takes_wide(layout, torch.bfloat16, features, device):
+        from .cuda import wide
+
+        wide.set_flags_aside(device)
 
 
 def rotated(x: Tensor, rotation: int) -> Tensor:
@@ -315,12 +334,15 @@ def linear(
 
     Raises:
         TypeError, ValueError: dtypes or sizes that do not belong together, or planes or blocks are to take float32.
+        RuntimeError: input and words are on two devices.
     """
     kind, stages, _, _, _, rotation = layout
     halves = 2 if kind == 0 else 1
     rows, cols = out_features // halves, x.shape[-1] // halves
     if x.dtype not in DTYPES:
         raise TypeError(f"packed_linear takes float32, bfloat16 or float16 activations, got {x.dtype}")
+    if x.device != words.device:
+        raise RuntimeError(f"the packed layer is on {words.device}, its input on {x.device}")
     if words.dtype != torch.int16 or scales.dtype != torch.float32:
         raise TypeError(f"packed_linear needs int16 words and float32 scales, got {words.dtype} and {scales.dtype}")
     if tuple(words.shape) != (need := words_shape(rows, cols, kind, stages)):
@@ -367,7 +389,8 @@ def _runner(way: str) -> Callable[..., None]:
 
 
 def join_words(words: list[Tensor]) -> Tensor:
-    """Return the words of several layers with as many columns as one layer's."""
+    """Return the words of several layers with as many columns as one layer's; not while a CUDA graph is captured."""
+    _check_not_captured(words[0].device)
     return _written(torch.cat(words, dim=2))
 
 

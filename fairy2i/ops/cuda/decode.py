@@ -55,12 +55,8 @@ class Config:
     early: bool = True
 
 
-# (rows of codes, chunks, stages, tokens that the kernel is compiled for), for bf16: from `bench_inference.py --tune`,
-# what was 5 % faster than the default
-TUNED: dict[tuple[int, int, int, int], Config] = {
-    (2048, 4, 2, 4): Config(ranges=1, halves=True),  # 4096x4096
-    (2048, 4, 1, 4): Config(ranges=1, halves=True),
-}
+# (rows of codes, chunks, stages, tokens that the kernel is compiled for), for bf16: from `bench_inference.py --tune`
+TUNED: dict[tuple[int, int, int, int], Config] = {}
 
 
 class Arguments(ctypes.Structure):
@@ -145,8 +141,10 @@ def plan(shape: Sequence[int], stages: int, tokens: int, dtype: torch.dtype, chi
 def configured(shape: Sequence[int], stages: int, tokens: int, dtype: torch.dtype) -> Config:
     """Return the measured configuration for such words, or what was best for words like them."""
     tokens = compiled_tokens(tokens)
-    # two places leave room for a block of the next kernel, which begins early
-    found = Config(depth=2, ranges=2, halves=True) if tokens > 2 and dtype != torch.float32 else Config(depth=2)
+    if tokens > 2 and dtype != torch.float32:
+        found = Config(ranges=2, halves=True)
+    else:
+        found = Config(depth=2)
     return found if dtype == torch.float32 else TUNED.get((shape[2], shape[0], stages, tokens), found)
 
 

@@ -216,10 +216,10 @@ def arguments(
     ]  # fmt: skip
 
 
-def _set_flags_aside(device: torch.device) -> None:
-    """Make zeros for the launches that CUDA graphs will keep: not while one is captured."""
+def set_flags_aside(device: torch.device) -> None:
+    """Make zeros for the launches that CUDA graphs will keep, once: not in the memory of such a graph."""
     with _lock:
-        if device not in _stores and not torch.cuda.is_current_stream_capturing():
+        if device.type == "cuda" and device not in _stores and not torch.cuda.is_current_stream_capturing():
             processors = torch.cuda.get_device_properties(device).multi_processor_count
             zeros = torch.zeros(LAUNCHES, processors, dtype=torch.int32, device=device)
             torch.cuda.synchronize(device)
@@ -229,8 +229,8 @@ def _set_flags_aside(device: torch.device) -> None:
 def launch_flags(blocks: int, device: torch.device) -> Tensor:
     """Return zeros for the blocks of a launch, its own: others may run at the same time, on streams or in graphs.
 
-    While a CUDA graph is captured they come from what was set aside when the first kernel was compiled, so that the
-    graph need not make zeros each time.
+    While a CUDA graph is captured they come from what was set aside when a layer was prepared, so that the graph need
+    not make zeros each time.
     """
     if device in _stores and torch.cuda.is_current_stream_capturing():
         zeros, numbers = _stores[device]
@@ -242,7 +242,6 @@ def launch_flags(blocks: int, device: torch.device) -> Tensor:
 
 @functools.cache
 def _loaded(constants: tuple[tuple[str, int], ...], device: torch.device) -> Kernel:
-    _set_flags_aside(device)
     return kernel(source(dict(constants)), "multiply_wide", device.index, early=True)
 
 
