@@ -226,38 +226,50 @@ def test_streams_and_graphs_do_not_mix_what_blocks_leave_to_each_other(tokens, c
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [8, 16, 64, 256])
-def test_kernels_in_a_row_take_what_those_before_leave(tokens):
+@pytest.mark.parametrize(
+    "ways, tokens",
+    [
+        *((["decode"], tokens) for tokens in (1, 2, 4, 8)),
+        *((["wide"], tokens) for tokens in (8, 16, 64, 256)),
+        (["decode", "wide"], 8),
+    ],
+    ids=str,
+)
+def test_kernels_in_a_row_take_what_those_before_leave(ways, tokens):
     """Each begins before the one before it has ended, and reads what that one writes."""
     layer, words, layout = layer_and_words(ROWS, 4096, 4096, "cuda", scale=0.02)
     first = torch.randn(tokens, 4096, device="cuda").bfloat16()
 
-    def row(rooms):
-        for x, y in itertools.pairwise([first, *rooms]):
-            wide.wide(x, words, layer.scales, None, y, layout, None)
+    def row(between):
+        results = [first]
+        for way in itertools.islice(itertools.cycle(ways), 12):
+            results.append(gpu.linear(results[-1], words, layer.scales, None, 4096, layout, way=way))
+            between()
+        return results[1:]
 
-    expected, found = first.new_zeros(12, tokens, 4096), first.new_zeros(12, tokens, 4096)
-    for i in range(12):
-        row(expected[: i + 1])
-        torch.cuda.synchronize()
+    expected = torch.stack(row(torch.cuda.synchronize))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        row(found)
+        found = row(lambda: None)
     for _ in range(3):
-        found.zero_()
+        for y in found:
+            y.zero_()
         graph.replay()
-        assert torch.equal(found, expected)
+        assert torch.equal(torch.stack(found), expected)
 
 
 @pytest.mark.gpu
 def test_what_is_prepared_can_be_captured_at_once():
     layer, words, layout = layer_and_words(ROWS, 1002, 4128, "cuda")
+    wide._loaded.cache_clear()  # of what other tests have loaded
     wide.prepare(words, layout, 4128, [16, 100])
+    loaded = wide._loaded.cache_info().misses
     for tokens in (16, 100):
         x = torch.randn(tokens, 4128, device="cuda").bfloat16()
         y, again, graph = x.new_empty(tokens, 1002), x.new_empty(tokens, 1002), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             wide.wide(x, words, layer.scales, None, y, layout, None)
+        assert wide._loaded.cache_info().misses == loaded, "nothing is compiled or loaded meanwhile"
         graph.replay()
         wide.wide(x, words, layer.scales, None, again, layout, None)
         assert torch.equal(y, again)

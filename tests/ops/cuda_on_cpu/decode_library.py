@@ -14,7 +14,15 @@ from fairy2i.ops.cuda import decode
 HERE = Path(__file__).parent
 RUN = """
 extern "C" void run(int grid, int bytes, const Arguments *given) {
-    run_blocks(grid, RANGES, THREADS, bytes, [=] { multiply_few(*given); });
+    Arguments a = *given;
+    const long results = ((a.tokens - 1) * a.y_stride + 2 * a.n) * SIZE;
+    a.x = guarded(a.x, ((a.tokens - 1) * a.x_stride + 2 * a.m) * SIZE);
+    a.scales = guarded(a.scales, 8 * PAIRS * a.scale_width);
+    a.bias = guarded(a.bias, 2 * a.n * (a.bias_kind == 1 ? 4 : 2));
+    a.places = guarded(a.places, 8 * a.n);
+    a.y = guarded(a.y, results);
+    run_blocks(grid, RANGES, THREADS, bytes, [=] { multiply_few(a); });
+    give_back(given->y, a.y, results);
 }
 """
 

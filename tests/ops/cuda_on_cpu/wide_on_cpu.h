@@ -42,7 +42,6 @@ struct Fibre : BareFibre {
     int issued = 0, finished = 0;       // products
     std::vector<int> groups;            // products up to each commit
     std::vector<float *> sums;          // of each product
-    bool after = false;                 // whether the kernel before has ended
 };
 #define current static_cast<Fibre *>(running)
 #define threadIdx (current->thread)
@@ -102,7 +101,7 @@ inline void brought(Block &block, unsigned barrier, int bytes) {
 }
 
 DEVICE void kernel_after_may_begin() {}
-DEVICE void kernel_before_ended() { current->after = true; }
+DEVICE void kernel_before_ended() { current->after = true, unlock(true); }
 inline void only_after() { if (!current->after) fail("the kernel before may still run"); }
 
 // opaque: pointer, columns, tokens, halves, strides of tokens and halves in elements
