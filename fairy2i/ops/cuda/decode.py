@@ -15,7 +15,7 @@ from torch import Tensor
 from ..gpu import written_in_cuda
 from . import KINDS, Kernel, kernel
 
-SUMS = 16 << 10  # bytes of parts of sums that wait for each other, for each token or 4 of halves at most
+SUMS = 16 << 10  # bytes of parts of sums that wait for each other; halves have up to four times as much
 MOST = 16  # tokens
 Layout = Sequence[int]
 
@@ -55,8 +55,12 @@ class Config:
     early: bool = True
 
 
-# (rows of codes, chunks, stages, tokens that the kernel is compiled for), for bf16: from `bench_inference.py --tune`
-TUNED: dict[tuple[int, int, int, int], Config] = {}
+# (rows of codes, chunks, stages, tokens that the kernel is compiled for), for bf16: what was measured to be 5 % faster
+# than the default; `bench_inference.py --tune` prints such lines
+TUNED: dict[tuple[int, int, int, int], Config] = {
+    (2048, 4, 2, 4): Config(ranges=1, halves=True),  # 4096x4096
+    (2048, 4, 1, 4): Config(ranges=1, halves=True),
+}
 
 
 class Arguments(ctypes.Structure):
@@ -141,10 +145,8 @@ def plan(shape: Sequence[int], stages: int, tokens: int, dtype: torch.dtype, chi
 def configured(shape: Sequence[int], stages: int, tokens: int, dtype: torch.dtype) -> Config:
     """Return the measured configuration for such words, or what was best for words like them."""
     tokens = compiled_tokens(tokens)
-    if tokens > 2 and dtype != torch.float32:
-        found = Config(ranges=2, halves=True)
-    else:
-        found = Config(depth=2)
+    # two places leave room for a block of the next kernel, which begins early
+    found = Config(depth=2, ranges=2, halves=True) if tokens > 2 and dtype != torch.float32 else Config(depth=2)
     return found if dtype == torch.float32 else TUNED.get((shape[2], shape[0], stages, tokens), found)
 
 
