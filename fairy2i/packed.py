@@ -199,7 +199,10 @@ class PackedLinear(nn.Module):
     def _repack(self, mode: str | None) -> "cpu.Layer | gpu.Layer | None":
         """Hold the codes as the kernel of a mode wants them, or with None in the order of the format."""
         with _repacking:  # threads may share a model
-            if self._group is not None and (mode is None or self._kernel is None or mode != self._kernel.mode_name):
+            now = self._kernel
+            if self._group is not None and (
+                mode is None or now is None or mode != now.mode_name or now.scales != self.scales.data_ptr()
+            ):
                 self._group.dissolve()
             if mode is None:
                 if self._layout is not None:
@@ -367,8 +370,6 @@ class PackedLinear(nn.Module):
             _tell_not_ready()
             return F.linear(x, self.dense_weight_as(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
         if not compiling and (self._kernel is None or self._kernel.scales != self.scales.data_ptr()):
-            if self._group is not None:
-                self._group.dissolve()
             self._repacked(backend)
             _join([self, *self._siblings])  # after a move, which parted them
         group = self._group

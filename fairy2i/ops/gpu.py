@@ -97,6 +97,12 @@ def why_no_cuda(way: str = "decode", device: torch.device | None = None) -> str 
     return cuda.why_off(index) if way == "decode" else cuda.why_off(index, (9, 0), (10, 0))
 
 
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Return the multiprocessors of a GPU; for the processor, which tests have in place of one, something small."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 def takes(device: torch.device) -> bool:
     """Return whether the kernels run on tensors of a device."""
     return device.type == ("cpu" if interpreted() else "cuda")

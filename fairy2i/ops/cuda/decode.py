@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..gpu import written_in_cuda
+from ..gpu import processors, written_in_cuda
 from . import KINDS, Kernel, kernel
 
 SUMS = 16 << 10  # bytes of parts of sums that wait for each other; halves have up to four times as much
@@ -170,10 +170,10 @@ def _planned(
 def chip(device: torch.device) -> Chip:
     """Return what a GPU has; for the processor, which tests have in place of one, something small."""
     if device.type != "cuda":
-        return Chip(4, H100.memory, True)
+        return Chip(processors(device), H100.memory, True)
     capability = torch.cuda.get_device_capability(device)
     memory = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}.get(capability, 99) << 10
-    return Chip(torch.cuda.get_device_properties(device).multi_processor_count, memory, capability >= (9, 0))
+    return Chip(processors(device), memory, capability >= (9, 0))
 
 
 def takes(layout: Layout, words: Tensor, tokens: int, dtype: torch.dtype, config: Config | None = None) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..gpu import written_in_cuda
+from ..gpu import processors, written_in_cuda
 from . import KINDS, Kernel, driver, kernel
 
 SOURCE = Path(__file__).with_name("wide.cu")
@@ -220,8 +220,7 @@ def set_flags_aside(device: torch.device) -> None:
     """Make zeros for the launches that CUDA graphs will keep, once: not in the memory of such a graph."""
     with _lock:
         if device.type == "cuda" and device not in _stores and not torch.cuda.is_current_stream_capturing():
-            processors = torch.cuda.get_device_properties(device).multi_processor_count
-            zeros = torch.zeros(LAUNCHES, processors, dtype=torch.int32, device=device)
+            zeros = torch.zeros(LAUNCHES, processors(device), dtype=torch.int32, device=device)
             torch.cuda.synchronize(device)
             _stores[device] = zeros, itertools.count()
 
@@ -252,8 +251,7 @@ def kernel_for(words: Tensor, layout: Layout, config: Config) -> Kernel:
 
 def config_for(words: Tensor, features: int, tokens: int) -> Config:
     """Return the configuration for words, the inputs that they have, and so many tokens."""
-    processors = torch.cuda.get_device_properties(words.device).multi_processor_count
-    return wide_config(words.shape[2], features // 2, tokens, processors)
+    return wide_config(words.shape[2], features // 2, tokens, processors(words.device))
 
 
 def prepare(words: Tensor, layout: Layout, features: int, tokens: Sequence[int]) -> None:
@@ -278,8 +276,7 @@ def wide(
     config = config or config_for(words, x.shape[1], x.shape[0])
     memory = slots(config, *(words.shape[i] for i in (3, 1, 4)))[2]
     launch = kernel_for(words, layout, config)
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    blocks, shared = grid(words.shape[2], x.shape[1] // 2, x.shape[0], config, processors)
+    blocks, shared = grid(words.shape[2], x.shape[1] // 2, x.shape[0], config, processors(x.device))
     sums = flags = None
     if shared:
         sums = torch.empty(blocks[0], 2 * ROWS, config.tokens, dtype=torch.float32, device=x.device)

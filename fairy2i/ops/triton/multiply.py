@@ -8,7 +8,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..gpu import writes_bf16
+from ..gpu import processors, writes_bf16
 from . import on_device, packed, power
 
 INTERPRETED = triton.knobs.runtime.interpret  # its NumPy knows no bf16, and it cuts bits off where a GPU rounds
@@ -34,10 +34,6 @@ class Config:
     inner: int = 1
 
 
-def _processors(tensor: Tensor) -> int:
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 4
-
-
 def planes_columns(tokens: int, kind: int) -> int:
     """Return the columns of the product of a program: tokens, for phase codes twice, at most 32 of them."""
     return min(max(power(tokens * (2 if kind == 0 else 1)), 8), 32)
@@ -45,7 +41,7 @@ def planes_columns(tokens: int, kind: int) -> int:
 
 def _split(words: Tensor, programs: int) -> int:
     """Return how many ranges of chunks give two programs to each processor."""
-    return min(power(triton.cdiv(2 * _processors(words), programs)), 8, words.shape[0])
+    return min(power(triton.cdiv(2 * processors(words.device), programs)), 8, words.shape[0])
 
 
 def planes_config(words: Tensor, tokens: int) -> Config:
