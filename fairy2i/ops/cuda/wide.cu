@@ -10,8 +10,15 @@
 //               outputs (rows g and g + 8 of 16) from real inputs (one wgmma) and from imaginary ones (another).
 //     numbers   a phase is p = +-1 where p == q, and p i elsewhere. So p and x = p ^ q are put side by side, once for
 //               16 columns: bits 15 and 14 of what is shifted to the top are then a bf16, +-2 or +-0: the imaginary
-//               part; with bit 14 the other way, the real part. That is five instructions for two columns of a phase
-//               (shift; and; and + xor; two multiply-adds with scales -s / 2 in bf16), 25 for 8 weights of two stages.
+//               part; with bit 14 the other way, the real part.
+//     scales    those of U's first stage wait for the end, in float32, where the sums of real and of imaginary inputs are
+//               apart: with 32 to 128 tokens. Numbers of first stages are then as they are, those of others are multiplied
+//               with scales beside the first's, and so is W when it is added to U and taken from it. That is 20
+//               instructions for 8 weights of two stages (4 shifts, 8 of bits, 8 of bf16). Sums of 256 tokens need the
+//               registers: numbers are multiplied with all of the scales, 24 instructions.
+//     few       a product with 16 tokens takes hardly longer with 32 columns: B has the real activations and then the
+//               imaginary ones, one product the parts of U (rows g and g + 8), another those of W, and the sums make
+//               outputs at the end, with the scales of both first stages: 16 instructions.
 //     order     bits from 15 down to 0, even and odd ones in two words; columns of a chunk thus descend
 //     early     blocks begin while the kernel before runs, and fetch words; all else waits for that one's end.
 //     threads   2 warpgroups multiply; of a third one warp asks for activations, one for words, one tells other blocks
@@ -32,6 +39,8 @@ typedef unsigned long long u64;
 typedef unsigned short u16;
 
 constexpr int BLOCK_ROWS = 64;             // of the codes
+constexpr int WARPS = 8;                   // that multiply
+constexpr int MULTIPLIERS = 32 * WARPS;    // threads
 constexpr int SIGNS = 4 * STAGES;          // of a row and column
 constexpr int SLOT = TOKENS * 256;         // bytes of the activations of a step
 constexpr int ROW_BYTES = G * BK * 2;      // of the words of a row, chunk and pass
@@ -47,14 +56,20 @@ constexpr int TILES = TOKENS / 8;
 // Sums of products that need not wait for each other: a wgmma that does takes about 100 clocks, which pass meanwhile
 // with 256 tokens.
 constexpr int CHAINS = TOKENS <= 64 ? 4 : TOKENS == 128 ? 2 : 1;
-constexpr int MULTIPLIERS = 256;           // threads
-constexpr int REGISTERS = 224, OTHERS_REGISTERS = 56; // of them, and of the others: in all what threads begin with
+constexpr bool TOGETHER = TOKENS == 16;             // both halves of the activations in B
+constexpr bool SUMS_APART = CHAINS > 1 && !TOGETHER; // of real and of imaginary inputs
+constexpr int COLUMNS = TOGETHER ? 2 * TOKENS : TOKENS; // of B
+constexpr bool LATE = TOGETHER || SUMS_APART; // some scales wait for the end
+constexpr int REGISTERS = 224, OTHERS_REGISTERS = 56; // of who multiplies, and of the others: in all what they begin with
 constexpr int LEFT = 2, READY = 3;         // barriers: sums lie in memory; those of other blocks do
-constexpr int FAR_TILES = TILES < 16 ? TILES : 16; // sums that are loaded at once: of so many groups of 8 tokens
-constexpr int FAR_BLOCKS = 16 / FAR_TILES;         // of so many blocks
+constexpr int FAR = 16;                              // sums that are loaded at once:
+constexpr int FAR_TILES = TILES < FAR ? TILES : FAR; // of so many groups of 8 tokens
+constexpr int FAR_BLOCKS = FAR / FAR_TILES;          // of so many blocks
 constexpr int MOST = (TILES + SPLIT - 1) / SPLIT; // groups of 8 tokens that a block adds
 constexpr int SUMS = SPLIT * MOST * MULTIPLIERS * 16;
-static_assert(SPLIT == 1 || SLOT * SLOTS + WORDS * WORD_SLOTS >= SUMS + MOST * 2048,
+constexpr int OUT = BLOCK_ROWS * 4;               // bytes of a token's results
+constexpr int PIECES = OUT / 16;                  // 8 outputs each
+static_assert(SPLIT == 1 || SLOT * SLOTS + WORDS * WORD_SLOTS >= SUMS + MOST * 8 * OUT,
               "sums lie where activations and words were");
 
 struct alignas(64) Map { u64 opaque[16]; }; // CUtensorMap
@@ -107,6 +122,7 @@ DEVICE void bring_words(unsigned to, const Map *map, int part, int row, int pass
                  :: "r"(to), "l"(map), "r"(part * 64), "r"(row), "r"(pass), "r"(chunk), "r"(barrier) : "memory");
 }
 DEVICE void prefetch(const Map *map) { asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory"); }
+DEVICE void prefetch_line(const void *from) { asm volatile("prefetch.global.L2 [%0];" :: "l"(from)); }
 DEVICE unsigned load_shared(unsigned address) {
     unsigned found;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(found) : "r"(address) : "memory");
@@ -153,9 +169,13 @@ DEVICE void flag_take(int *flag) { // wait until it is set, and set it back
     asm volatile("st.global.s32 [%0], 0;" :: "l"(flag) : "memory");
 }
 // Barriers between the multiplying threads and the warp that knows of other blocks: those who arrive do not wait.
-template <int ID> DEVICE void told_arrive() { asm volatile("bar.arrive %0, 288;" :: "n"(ID) : "memory"); }
-template <int ID> DEVICE void told_wait() { asm volatile("bar.sync %0, 288;" :: "n"(ID) : "memory"); }
-DEVICE void multipliers_sync() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
+template <int ID> DEVICE void told_arrive() {
+    asm volatile("bar.arrive %0, %1;" :: "n"(ID), "n"(MULTIPLIERS + 32) : "memory");
+}
+template <int ID> DEVICE void told_wait() {
+    asm volatile("bar.sync %0, %1;" :: "n"(ID), "n"(MULTIPLIERS + 32) : "memory");
+}
+DEVICE void multipliers_sync() { asm volatile("bar.sync 1, %0;" :: "n"(MULTIPLIERS) : "memory"); }
 DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(REGISTERS)); }
 DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(OTHERS_REGISTERS)); }
 DEVICE void mma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -173,9 +193,24 @@ DEVICE unsigned multiply_add(unsigned a, unsigned b, unsigned c) {
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
     return d;
 }
+DEVICE unsigned multiply_subtract(unsigned a, unsigned b, unsigned c) {
+    unsigned d;
+    asm("{\n.reg .b32 minus;\nneg.bf16x2 minus, %3;\nfma.rn.bf16x2 %0, %1, %2, minus;\n}" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+DEVICE float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 DEVICE unsigned and_xor(unsigned a, unsigned b, unsigned c) { // one instruction: the compiler makes two
     unsigned d;
     asm("lop3.b32 %0, %1, %2, %3, 0x6A;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+DEVICE unsigned even_odd(unsigned a, unsigned b) { // odd bits of a, even ones of b
+    unsigned d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(d) : "r"(a), "r"(b), "r"(0xAAAAAAAAu));
     return d;
 }
 DEVICE unsigned bfloats(float low, float high) {
@@ -190,21 +225,74 @@ DEVICE float of_half(u16 x) { float f; asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"
 
 DEVICE void add4(float *sum, float4 v) { sum[0] += v.x, sum[1] += v.y, sum[2] += v.z, sum[3] += v.w; }
 
-// The quarters A11, A12, A21, A22 of two columns from the two highest bits of both halves of a word of every phase.
-DEVICE void decode(const unsigned *word, const unsigned *scale, unsigned &a11, unsigned &a12, unsigned &a21,
-                   unsigned &a22) {
+// Rows g and g + 8 of the A of two products, two columns, from the two highest bits of both halves of a word of every
+// phase: A11, A21 and A12, A22 (with sums apart -A22), or the parts of U and of W.
+DEVICE void decode(const unsigned *word, const unsigned *factor, unsigned &one1, unsigned &one2, unsigned &two1,
+                   unsigned &two2) {
     unsigned sum[4]; // of U and of W: re, im
 #pragma unroll
     for (int i = 0; i < SIGNS / 2; i++) {
         const unsigned re = and_xor(word[2 * i], 0xC000C000u, 0x40004000u), im = word[2 * i] & 0xC000C000u;
         unsigned *of = sum + i % 2 * 2;
-        of[0] = i < 2 ? multiply(re, scale[2 * i]) : multiply_add(re, scale[2 * i], of[0]);
-        of[1] = i < 2 ? multiply(im, scale[2 * i + 1]) : multiply_add(im, scale[2 * i + 1], of[1]);
+        if (i >= 2) {
+            of[0] = multiply_add(re, factor[2 * i], of[0]);
+            of[1] = multiply_add(im, factor[2 * i + 1], of[1]);
+        } else {
+            of[0] = LATE ? re : multiply(re, factor[2 * i]);
+            of[1] = LATE ? im : multiply(im, factor[2 * i + 1]);
+        }
     }
-    a11 = add(sum[0], sum[2]);
-    a12 = subtract(sum[3], sum[1]);
-    a21 = add(sum[1], sum[3]);
-    a22 = subtract(sum[0], sum[2]);
+    if (TOGETHER) one1 = sum[0], one2 = sum[1], two1 = sum[2], two2 = sum[3];
+    else if (SUMS_APART) {
+        one1 = multiply_add(sum[2], factor[2], sum[0]);
+        one2 = multiply_add(sum[3], factor[3], sum[1]);
+        two1 = multiply_subtract(sum[3], factor[3], sum[1]);
+        two2 = multiply_subtract(sum[2], factor[2], sum[0]);
+    } else {
+        one1 = add(sum[0], sum[2]);
+        one2 = add(sum[1], sum[3]);
+        two1 = subtract(sum[3], sum[1]);
+        two2 = subtract(sum[0], sum[2]);
+    }
+}
+
+// Of the scales of a row (stage, U or W, re or im) what numbers are multiplied with, twice in a register, and what sums
+// are: the first stage's, times -1/2. Quotients have to be finite: what is 2^20 times smaller than another is no less.
+DEVICE void prepare_scales(const float *scale, unsigned *factor, float *of_sums) {
+#pragma unroll
+    for (int k = 3; k >= 0; k--) {
+        float first = scale[k], most = SUMS_APART && k < 2 ? -2.0f * of_sums[k + 2] : 0.0f; // W's, beside which U's is
+        most = fabsf(most);
+#pragma unroll
+        for (int i = k + 4; i < SIGNS; i += 4) most = fmaxf(most, fabsf(scale[i]));
+        if (LATE && fabsf(first) < most * 0x1p-20f) first = most * 0x1p-20f;
+        const float times = !LATE ? -0.5f : fabsf(first) < 0x1p-120f ? 0.0f : reciprocal(first);
+#pragma unroll
+        for (int i = LATE ? k + 4 : k; i < SIGNS; i += 4) factor[i] = bfloats(times * scale[i], times * scale[i]);
+        if (SUMS_APART && k < 2) {
+            const float beside = times * -2.0f * of_sums[k + 2];
+            factor[k + 2] = bfloats(beside, beside);
+        }
+        of_sums[k] = -0.5f * first;
+    }
+}
+
+// Outputs (groups of 8 tokens; two real ones and two imaginary ones of each lane) from sums whose scales are left.
+DEVICE void make_outputs(const float (*sums)[COLUMNS / 2], const float *scale, float *to) {
+#pragma unroll
+    for (int i = 0; i < TOKENS / 2; i++) {
+        auto sum = [&](int chain, int j) { return CHAINS == 4 ? sums[chain][j] + sums[chain + 2][j] : sums[chain][j]; };
+        const int other = i ^ 2; // of the other part of U or W
+        const bool real = i % 4 < 2;
+        if (!TOGETHER)
+            to[i] = real ? scale[0] * sum(0, i) + scale[1] * sum(1, i) : scale[1] * sum(0, i) - scale[0] * sum(1, i);
+        else if (real) // products with real activations, and with imaginary ones
+            to[i] = scale[0] * sum(0, i) - scale[1] * sum(0, other + TOKENS / 2) +
+                    (scale[2] * sum(1, i) + scale[3] * sum(1, other + TOKENS / 2));
+        else
+            to[i] = scale[0] * sum(0, other + TOKENS / 2) + scale[1] * sum(0, i) +
+                    (scale[3] * sum(1, i) - scale[2] * sum(1, other + TOKENS / 2));
+    }
 }
 
 // Scales of a row.
@@ -244,17 +332,20 @@ DEVICE void take_words(unsigned *word, unsigned at, int width, int shift) {
         for (int i = 0; i < SIGNS; i += 2) {
             auto load = [&](int sign) {
                 const int place = sign % G * (BK * 2) + width * 32 + pair * 16; // in the row
-                return load_shared((at ^ place % 128) + (sign / G * PARTS + place / 128) * PART) << shift;
+                return load_shared((at ^ place % 128) + (sign / G * PARTS + place / 128) * PART);
             };
             const unsigned p = load(i), x = load(i + 1) ^ p;
-            word[pair * SIGNS + i] = (p & 0xAAAAAAAAu) | (x >> 1 & 0x55555555u);
-            word[pair * SIGNS + i + 1] = (p << 1 & 0xAAAAAAAAu) | (x & 0x55555555u);
+            word[pair * SIGNS + i] = even_odd(p, x >> 1);
+            word[pair * SIGNS + i + 1] = even_odd(p << 1, x);
         }
+    if (shift) // where a tile does not begin with a chunk
+#pragma unroll
+        for (int i = 0; i < 2 * SIGNS; i++) word[i] <<= shift;
 }
 
 extern "C" __global__ void
 #ifdef __CUDACC__
-__launch_bounds__(384, 1) __cluster_dims__(PAIR, SPLIT, 1)
+__launch_bounds__(MULTIPLIERS + 128, 1) __cluster_dims__(PAIR, SPLIT, 1)
 #endif
 multiply_wide(const __grid_constant__ Map map, const __grid_constant__ Map words, const float *scales, const void *bias,
               int bias_kind, const int *places, u16 *y, int tokens, int out_features, int n, int m, int chunks,
@@ -289,11 +380,11 @@ multiply_wide(const __grid_constant__ Map map, const __grid_constant__ Map words
     if (thread == 0) {
         for (int i = 0; i < SLOTS; i++) {
             barrier_init(full + 8 * i, 1);
-            barrier_init(empty + 8 * i, 8 * PAIR);
+            barrier_init(empty + 8 * i, WARPS * PAIR);
         }
         for (int i = 0; i < WORD_SLOTS; i++) {
             barrier_init(words_full + 8 * i, 1);
-            barrier_init(words_empty + 8 * i, 8);
+            barrier_init(words_empty + 8 * i, WARPS);
         }
         barriers_ready();
     }
@@ -301,9 +392,9 @@ multiply_wide(const __grid_constant__ Map map, const __grid_constant__ Map words
     if (PAIR > 1) cluster_sync(); // the other block's barriers are there
     kernel_after_may_begin();
 
-    if (warp >= 8) { // who fetches
+    if (warp >= WARPS) { // who fetches
         fewer_registers();
-        if (warp == 8 && lane == 0) {
+        if (warp == WARPS && lane == 0) {
             kernel_before_ended();
             int slot = 0, round = 0;
             for (int tile = tile1; tile < tiles; tile = after(tile)) {
@@ -323,7 +414,7 @@ multiply_wide(const __grid_constant__ Map map, const __grid_constant__ Map words
                 }
             }
         }
-        if (warp == 9 && lane == 0) {
+        if (warp == WARPS + 1 && lane == 0) {
             int slot = 0, round = 0;
             for (int tile = tile1; tile < tiles; tile = after(tile)) {
                 const int first = first_of(tile), last = last_of(tile);
@@ -334,11 +425,13 @@ multiply_wide(const __grid_constant__ Map map, const __grid_constant__ Map words
                     for (int i = 0; i < PASSES * PARTS; i++)
                         bring_words(words_at + slot * WORDS + i * PART, &words, i % PARTS, row0, i / PARTS, c,
                                     words_full + 8 * slot);
+                    // two chunks alone: more would be in the way of what the kernel before still reads
+                    if (tile == tile1 && c == first / CHUNK_STEPS + 1) kernel_before_ended();
                     if (++slot == WORD_SLOTS) slot = 0, round++;
                 }
             }
         }
-        if (warp == 10 && SPLIT == 1 && tile0 >= 0) { // at most one tile is left to others, one taken from them
+        if (warp == WARPS + 2 && SPLIT == 1 && tile0 >= 0) { // at most one tile is left to others, one taken from them
             kernel_before_ended();
             if (last_of(tile1) < steps) {
                 told_wait<LEFT>();
@@ -351,6 +444,12 @@ multiply_wide(const __grid_constant__ Map map, const __grid_constant__ Map words
                 told_arrive<READY>();
             }
         }
+        if (warp == WARPS + 3) // who multiplies reads them when the kernel before has ended
+            for (int i = lane; i < (ROWS ? SIGNS * BLOCK_ROWS / 16 : 1); i += 32) {
+                const int row = (tile1 % row_tiles * PAIR + (int)in_pair) * BLOCK_ROWS + i % (BLOCK_ROWS / 16) * 16;
+                if (!ROWS) prefetch_line(scales);
+                else if (row < n) prefetch_line(scales + (long long)(i / (BLOCK_ROWS / 16)) * n + row);
+            }
         __syncwarp();
         if (PAIR * SPLIT > 1) cluster_sync();
         if (SPLIT > 1) cluster_sync();
@@ -361,14 +460,11 @@ multiply_wide(const __grid_constant__ Map map, const __grid_constant__ Map words
             const int row = (tile % row_tiles * PAIR + (int)in_pair) * BLOCK_ROWS + in_block_row;
             return row < n ? row : n - 1;
         };
-        float sums[CHAINS][TOKENS / 2], *acc = sums[0];
-        unsigned scale[SIGNS], next[SIGNS / 2]; // times -1/2: twice in a register; of the next tile, two in one
+        float sums[CHAINS][COLUMNS / 2], outputs[TOKENS / 2], *const acc = LATE ? outputs : sums[0];
+        unsigned factor[SIGNS];
+        float of_sums[4];
         unsigned word[HELD][2 * SIGNS], a[2][8];
-        float loaded[SIGNS];
-        auto keep = [&] {
-#pragma unroll
-            for (int i = 0; i < SIGNS; i += 2) next[i / 2] = bfloats(-0.5f * loaded[i], -0.5f * loaded[i + 1]);
-        };
+        float loaded[SIGNS]; // of the next tile
         int word_slot = 0, word_phase = 0; // where the next chunk comes
         unsigned taken;                    // barrier of the last one
         int slot = 0, phase = 0, before;
@@ -380,8 +476,8 @@ multiply_wide(const __grid_constant__ Map map, const __grid_constant__ Map words
             const int width = WIDTHS == 2 ? q / 2 : 0, bit = WIDTHS == 2 ? q % 2 : q;
             unsigned *mine = word[KEEP ? width : 0];
             if (!KEEP && bit == 0) take_words(mine, my_words, width, at.number * BITS);
-            decode(mine + bit % 2, scale, into[0], into[4], into[1], into[5]);
-            decode(mine + SIGNS + bit % 2, scale, into[2], into[6], into[3], into[7]);
+            decode(mine + bit % 2, factor, into[0], into[1], into[4], into[5]);
+            decode(mine + SIGNS + bit % 2, factor, into[2], into[3], into[6], into[7]);
 #pragma unroll
             for (int i = bit % 2; i < 2 * SIGNS; i += 2) mine[i] <<= 2;
         };
@@ -416,38 +512,32 @@ multiply_wide(const __grid_constant__ Map map, const __grid_constant__ Map words
             if (tile == tile1) {
                 kernel_before_ended();
                 load_scales(scales, row_of(tile), n, loaded);
-                keep();
             }
-#pragma unroll
-            for (int i = 0; i < SIGNS; i += 2) {
-                scale[i] = next[i / 2] << 16 | (next[i / 2] & 0xFFFFu);
-                scale[i + 1] = next[i / 2] >> 16 | (next[i / 2] & 0xFFFF0000u);
-            }
+            prepare_scales(loaded, factor, of_sums);
             const int then = after(tile); // its scales arrive while this one begins
             if (KEEP && then < tiles) load_scales(scales, row_of(then), n, loaded);
             // of the thread: the row whose sums it has, and the 8 outputs that it will write; loaded ahead
             const int row = row_of(tile), out1 = places ? places[row] : row, out2 = places ? places[n + row] : row + n;
             const float bias1 = bias_at(bias, bias_kind, out1), bias2 = bias_at(bias, bias_kind, out2);
-            const int piece = thread % 16, half = piece / 8, row8 = row0 + piece % 8 * 8;
+            const int piece = thread % PIECES, half = piece / WARPS, row8 = row0 + piece % WARPS * 8;
             const int left = n - row8 < 8 ? n - row8 : 8;
             const int start = left <= 0 ? 0 : places ? places[half * n + row8] : half * n + row8;
             bool together = left == 8 && start % 8 == 0 && out_features % 8 == 0;
             if (places)
                 for (int i = 1; i < left; i++) together &= places[half * n + row8 + i] == start + i;
 #pragma unroll
-            for (int i = 0; i < CHAINS * TOKENS / 2; i++) sums[i / (TOKENS / 2)][i % (TOKENS / 2)] = 0.0f;
+            for (int i = 0; i < CHAINS * COLUMNS / 2; i++) sums[i / (COLUMNS / 2)][i % (COLUMNS / 2)] = 0.0f;
             if (first < last) make(at, 0, a[0]);
-            if (KEEP && then < tiles) keep();
             for (int step = first; step < last; step++) {
                 barrier_wait(full + 8 * slot, phase);
-                const u64 real = kind | (base + slot * SLOT) >> 4, imaginary = real + (SLOT / 2 >> 4);
+                const u64 real = kind | (base + slot * SLOT) >> 4, other = TOGETHER ? real : real + (SLOT / 2 >> 4);
 #pragma unroll
                 for (int q = 0; q < 4; q++) {
                     // the columns of group q: for two widths (1, 0), (0, 0), (1, 1), (0, 1) of (bit, width), else down
                     const int offset = WIDTHS == 2 ? (q % 2 ? 0 : 4) + q / 2 * 2 : 6 - 2 * q;
                     mma_fence();
                     mma(sums[2 * q % CHAINS], a[q % 2], real + offset);
-                    mma(sums[(2 * q + 1) % CHAINS], a[q % 2] + 4, imaginary + offset);
+                    mma(sums[(2 * q + 1) % CHAINS], a[q % 2] + 4, other + offset);
                     mma_commit();
                     mma_wait<1>();
                     if (q == 0 && before >= 0) release(before); // nobody reads it any more
@@ -465,12 +555,9 @@ multiply_wide(const __grid_constant__ Map map, const __grid_constant__ Map words
                 if (++slot == SLOTS) slot = 0, phase ^= 1;
             }
             mma_wait<0>();
-#pragma unroll
-            for (int i = 0; i < TOKENS / 2; i++)
-#pragma unroll
-                for (int chain = 1; chain < CHAINS; chain++) acc[i] += sums[chain][i];
+            if (LATE) make_outputs(sums, of_sums, outputs);
             if (!KEEP && first < last) end_chunk();
-            if (!KEEP && then < tiles) load_scales(scales, row_of(then), n, loaded), keep();
+            if (!KEEP && then < tiles) load_scales(scales, row_of(then), n, loaded);
 
             // the sums of a block that other blocks read: groups of 8 tokens, threads, 4 of each
             auto far_at = [&](int block, int j) {
@@ -490,24 +577,24 @@ multiply_wide(const __grid_constant__ Map map, const __grid_constant__ Map words
                 for (int from = cluster - 1; from >= lowest; from -= FAR_BLOCKS)
 #pragma unroll
                     for (int j0 = 0; j0 < TILES; j0 += FAR_TILES) {
-                        float4 v[16];
+                        float4 v[FAR];
 #pragma unroll
-                        for (int k = 0; k < 16; k++)
+                        for (int k = 0; k < FAR; k++)
                             v[k] = from - k / FAR_TILES < lowest
                                        ? float4{0.0f, 0.0f, 0.0f, 0.0f}
                                        : load_far4(far_at((from - k / FAR_TILES) * PAIR + (int)in_pair,
                                                           j0 + k % FAR_TILES));
 #pragma unroll
-                        for (int k = 0; k < 16; k++) add4(acc + 4 * (j0 + k % FAR_TILES), v[k]);
+                        for (int k = 0; k < FAR; k++) add4(acc + 4 * (j0 + k % FAR_TILES), v[k]);
                     }
             }
 
             // Results: TILES groups of 8 tokens, of each lane tokens 2 t and 2 t + 1, real outputs, then imaginary.
-            // They go through shared memory: 256 bytes of a token are 16 pieces of 8 outputs, swizzled.
+            // They go through shared memory: pieces of 8 outputs of a token, swizzled.
             const unsigned out_at = SPLIT == 1 ? base + before * SLOT : base + SUMS;
-            auto piece_at = [&](int token, int piece) { return out_at + token * 256 + (piece ^ (token & 7)) * 16; };
+            auto piece_at = [&](int token, int piece) { return out_at + token * OUT + (piece ^ (token & 7)) * 16; };
             auto put = [&](int j, const float *v) {
-                store_transposed(piece_at(8 * j + (lane & 7), (lane & 8) + warp), bfloats(v[0] + bias1, v[1] + bias1),
+                store_transposed(piece_at(8 * j + (lane & 7), lane / 8 % 2 * WARPS + warp), bfloats(v[0] + bias1, v[1] + bias1),
                                  bfloats(v[2] + bias2, v[3] + bias2));
             };
             int from0 = 0, count = TILES;
@@ -538,7 +625,7 @@ multiply_wide(const __grid_constant__ Map map, const __grid_constant__ Map words
                         }
             }
             multipliers_sync();
-            for (int i = thread / 16; i < count * 8 && left > 0; i += MULTIPLIERS / 16) {
+            for (int i = thread / PIECES; i < count * 8 && left > 0; i += MULTIPLIERS / PIECES) {
                 const int token = token0 + from0 * 8 + i;
                 if (token >= tokens) break;
                 const float4 found = load_shared4(piece_at(i, piece));

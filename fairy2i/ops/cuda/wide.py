@@ -89,7 +89,7 @@ def slots(config: Config, signs: int, passes: int, width: int) -> tuple[int, int
     words, slot = passes * ROWS * signs * width * 2, config.tokens * 256
     rest = 1024 + 256  # alignment and barriers
     memory = MEMORY - 1024 - rest
-    chunks = next((c for c in (3, 2) if memory - c * words >= 5 * slot), 1)
+    chunks = 2 if memory - 2 * words >= 5 * slot else 1  # more at once would only be in the way of activations
     count = min((memory - chunks * words) // slot, 8)
     return count, chunks, count * slot + chunks * words + rest
 
@@ -113,13 +113,14 @@ def defines(words: Tensor, layout: Layout, config: Config) -> dict[str, int]:
 
 
 def multiplication(tokens: int) -> str:
-    """Return the C++ function that multiplies A in registers with B in shared memory, for so many tokens."""
-    count = tokens // 2
+    """Return the C++ function that multiplies A in registers with B in shared memory, for so many tokens of a block."""
+    columns = 32 if tokens == 16 else tokens  # of B: both halves of the activations, or one
+    count = columns // 2
     sums = ", ".join(f"%{i}" for i in range(count))
     operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
     return (
         f"__device__ __forceinline__ void mma(float (&d)[{count}], const unsigned *a, unsigned long long b) {{\n"
-        f'asm volatile("wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.bf16.bf16 {{{sums}}}, '
+        f'asm volatile("wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 {{{sums}}}, '
         f'{{%{count}, %{count + 1}, %{count + 2}, %{count + 3}}}, %{count + 4}, 1, 1, 1, 0;"\n'
         f': {operands} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); }}\n'
     )

@@ -31,8 +31,8 @@ struct Block {
     unsigned rank;
     std::vector<unsigned char> memory;
     std::map<unsigned, Arrivals> arrivals;
-    Meeting all, multipliers, told[4], warps[12];
-    unsigned lanes[12][2][32];
+    Meeting all, multipliers, told[4], warps[WARPS + 4];
+    unsigned lanes[WARPS + 4][2][32];
     Warpgroup groups[2];
 };
 struct Cluster { std::vector<std::unique_ptr<Block>> blocks; Meeting all; };
@@ -137,6 +137,7 @@ DEVICE void bring_words(unsigned to, const Map *map, int part, int row, int pass
     brought(*current->block, barrier, BLOCK_ROWS * 128);
 }
 DEVICE void prefetch(const Map *) {}
+DEVICE void prefetch_line(const void *) {} // nothing is read, so it may come early
 template <class T> T shared(unsigned address) {
     T found;
     std::memcpy(&found, memory_of(block_of(address), address, sizeof(T)), sizeof(T));
@@ -197,7 +198,12 @@ DEVICE unsigned multiply(unsigned a, unsigned b) {
 DEVICE unsigned multiply_add(unsigned a, unsigned b, unsigned c) {
     return pairwise([](double x, double y, double z) { return x * y + z; }, a, b, c);
 }
+DEVICE unsigned multiply_subtract(unsigned a, unsigned b, unsigned c) {
+    return pairwise([](double x, double y, double z) { return x * y - z; }, a, b, c);
+}
+DEVICE float reciprocal(float x) { return 1.0f / x; }
 DEVICE unsigned and_xor(unsigned a, unsigned b, unsigned c) { return (a & b) ^ c; }
+DEVICE unsigned even_odd(unsigned a, unsigned b) { return (a & 0xAAAAAAAAu) | (b & 0x55555555u); }
 DEVICE unsigned bfloats(float low, float high) { return Bfloat::from(low) | (unsigned)Bfloat::from(high) << 16; }
 DEVICE float of_half(u16 bits) { _Float16 h; std::memcpy(&h, &bits, 2); return (float)h; }
 DEVICE void store_far4(float *to, const float *v) { only_after(), std::memcpy(to, v, 16); }
@@ -238,7 +244,7 @@ template <int N> DEVICE void mma_wait() {
         for (int half = 0; half < 2; half++)
             for (int k = 0; k < 16; k++)
                 a[half][k] = Bfloat::to((u16)(product.a[warp * 32 + row * 4 + k % 8 / 2][k / 8 * 2 + half] >> k % 2 * 16));
-        for (int n = 0; n < TOKENS; n++) {
+        for (int n = 0; n < COLUMNS; n++) {
             if (n / 2 % 4 != t) continue;
             for (int k = 0; k < 16; k++) {
                 unsigned at = start + n / 8 * stride + n % 8 * 128 + k * 2;
@@ -251,22 +257,23 @@ template <int N> DEVICE void mma_wait() {
     meet(g.meeting);
 }
 
-// Run a cluster of blocks of 384 threads.
+// Run a cluster of blocks.
 inline void run_cluster(int x0, int pair, int split, int bytes, void (*kernel)()) {
     body = kernel;
     Cluster cluster;
     std::vector<std::unique_ptr<Fibre>> fibres;
+    const int threads = MULTIPLIERS + 128;
     for (int i = 0; i < pair * split; i++) {
         auto block = std::make_unique<Block>();
         block->cluster = &cluster;
         block->index = {x0 + i % pair, i / pair, 0};
         block->rank = i;
         block->memory.assign(1040 + bytes, 0xff); // NaN
-        block->all.size = 384, block->multipliers.size = 256;
+        block->all.size = threads, block->multipliers.size = MULTIPLIERS;
         for (auto &warp : block->warps) warp.size = 32;
-        for (auto &told : block->told) told.size = 288;
+        for (auto &told : block->told) told.size = MULTIPLIERS + 32;
         for (auto &group : block->groups) group.meeting.size = 128;
-        for (int thread = 0; thread < 384; thread++) {
+        for (int thread = 0; thread < threads; thread++) {
             auto fibre = std::make_unique<Fibre>();
             fibre->block = block.get();
             fibre->thread = {thread, 0, 0};
@@ -275,6 +282,6 @@ inline void run_cluster(int x0, int pair, int split, int bytes, void (*kernel)()
         }
         cluster.blocks.push_back(std::move(block));
     }
-    cluster.all.size = 384 * pair * split;
+    cluster.all.size = threads * pair * split;
     run_all(fibres);
 }
