@@ -163,9 +163,10 @@ def packed_call(
 ) -> tuple[Callable[[], Any], int, int]:
     """Return a call of all copies, how many they are, and the bytes of one."""
     words, scales, layout = random_words(scheme, shape, x.device.type)
+    gpu.prepare_memory(shape[1], scheme.rotation, layout, x.device)  # as a model's layers do when they are loaded
     size = words.nbytes + scales.nbytes
-    copies = [words] + [words.clone() for _ in range(min(CACHE // size, 63) if x.is_cuda else 1)]
-    return lambda: [gpu.linear(x, w, scales, None, shape[0], layout, way=way) for w in copies], len(copies), size
+    copies = [(words.clone(), scales.clone()) for _ in range(1 + min(CACHE // size, 63) if x.is_cuda else 2)]
+    return lambda: [gpu.linear(x, *one, None, shape[0], layout, way=way) for one in copies], len(copies), size
 
 
 def dense_call(shape: tuple[int, int], x: Tensor) -> tuple[Callable[[], Any], int, int]:

@@ -79,7 +79,8 @@ def layer_and_words(scheme, out_features, in_features, device, scale=1.0):
 def check(multiply, layer, words, layout, x, config):
     """The error is at most twice that of the plain path in bf16, plus a unit of the result's own rounding."""
     weight = layer.dense_weight()
-    exact = F.linear(x.double(), weight.double(), layer.bias.double())
+    codes, scales = layer.codes_and_scales()
+    exact = F.linear(x.double(), layer.scheme.dequantize(codes, scales.double()), layer.bias.double())
     plain = F.linear(x, weight.to(x.dtype), layer.bias.to(x.dtype)).double() - exact
     room = torch.full((x.shape[0] + 2, layer.out_features), torch.nan, dtype=x.dtype, device=x.device)
     y = room[1:-1]
@@ -157,15 +158,43 @@ def test_many_blocks_that_share_a_tile(device, out_features, config, multiply):
     check(functools.partial(multiply, processors=44), layer, words, layout, x, config)
 
 
+EACH_FORM = [Config(16, pair=1), Config(64, split=2, pair=1), Config(256, pair=1)]  # of scales: see wide.cu
+
+
 @on_both
+@pytest.mark.parametrize("config", EACH_FORM, ids=str)
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
-def test_large_and_small_numbers(device, scale, multiply):
+def test_large_and_small_numbers(device, scale, config, multiply):
     layer, words, layout = layer_and_words(ROWS, 44, 1360, device, scale)
     layer.bias.data *= scale
     layer.scales[:, 0] *= 100.0  # U beside W
     layer.scales[1] /= 30.0  # a second stage as it is
     for x in (torch.ones(2, 1360), torch.rand(2, 1360) + 3, torch.randn(2, 1360) * torch.randn(1360).mul(3).exp()):
-        check(multiply, layer, words, layout, x.to(device).bfloat16(), Config(64, split=2, pair=1))
+        check(multiply, layer, words, layout, x.to(device).bfloat16(), config)
+
+
+@on_both
+@pytest.mark.parametrize("config", EACH_FORM, ids=str)
+@pytest.mark.parametrize("method", ["complex_phase_v1", "complex_phase_v2", "complex_phase_v4"])
+def test_scales_that_are_zero_negative_or_far_apart(device, method, config, multiply):
+    """What is divided by may be nothing: each of the scales of a row, and pairs, and all."""
+    scheme = PhaseScheme(stages=METHODS[method].stages, granularity="row", scales="learned")
+    layer, words, layout = layer_and_words(scheme, 600, 96, device)
+    every = layer.scales.flatten(0, 2)  # (stage, U or W, re or im), rows
+    assert every.data_ptr() == layer.scales.data_ptr()
+    factors, count = torch.ones(len(every), 300, device=device), len(every)
+    each = [0.0, -1.0, 1e-12, -1e-5, 1e4, 1e-38, -0.0]
+    for i, (factor, k) in enumerate(itertools.product(each, range(count))):
+        factors[k, i % 200] = factor
+        factors[(k + 1 + i) % count, 200 + i % 90] = factor
+    factors[:, 290:] = torch.tensor([0.0, 1e-38, 1e-20, -1.0, 1e20, 0, 0, 0, 0, 0], device=device)
+    every *= factors
+    x = torch.randn(9, 96, device=device).bfloat16()
+    y = check(multiply, layer, words, layout, x, config).double() - layer.bias.double()
+    weight = layer.scheme.dequantize(layer.codes_and_scales()[0], layer.scales.double())
+    size, eps = x.double().norm(dim=1)[:, None] * weight.norm(dim=1), torch.finfo(torch.bfloat16).eps
+    error = (y - F.linear(x.double(), weight)).abs()
+    assert (error <= 4 * eps * size + eps * layer.bias.double().abs()).all(), "large rows hide what is wrong in others"
 
 
 @on_both

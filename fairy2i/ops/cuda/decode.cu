@@ -153,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) CLUSTER multiply_f
     const int last = first + a.tiles + (cluster < a.more ? 1 : 0);
     unsigned char *const operands = memory + WARPS * DEPTH * UNIT; // B, [chunk]
     // [tile][part][token][row][half], 16 numbers between tiles: other banks. In all blocks of a cluster at the same place
-    float *const sums = (float *)(operands + most_chunks * CHUNK);
+    Part *const sums = (Part *)(operands + most_chunks * CHUNK);
     const int tile_sums = (parts * TOKENS + 1) * 16;
     u64 *const full = (u64 *)(sums + a.batch * tile_sums); // barriers: [warp][place]
     i64 *const totals = (i64 *)(full + WARPS * DEPTH);     // sums of X, [warp][part]
@@ -295,7 +295,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) CLUSTER multiply_f
                 }
             }
             if (LATE) load_scales(a, tile * 8 + g, g % 2 ? -1.0f : 1.0f, scale);
-            float *const to = sums + (tile - start) * tile_sums + part * (TOKENS * 16) + 2 * g;
+            Part *const to = sums + (tile - start) * tile_sums + part * (TOKENS * 16) + 2 * g;
             const int none[2] = {};
             Real of_all[2] = {}; // what outputs have of the sums of all activations
 #pragma unroll
@@ -317,8 +317,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) CLUSTER multiply_f
                 im += from_lane_xor(im, 1);
                 re += from_lane_xor(re, 2);
                 im += from_lane_xor(im, 2);
-                if (t == 0) to[token * 16] = (float)(re - of_all[0] * all[token][0]);
-                if (t == 1) to[token * 16 + 1] = (float)(im - of_all[1] * all[token][1]);
+                if (t == 0) to[token * 16] = re - of_all[0] * all[token][0];
+                if (t == 1) to[token * 16 + 1] = im - of_all[1] * all[token][1];
             }
         }
         add_parts(a, sums, tile_sums, start, end, rank, parts);

@@ -123,14 +123,15 @@ def plan(shape: Sequence[int], stages: int, tokens: int, dtype: torch.dtype, chi
     unit = 2 * stages * 4 * 8 * width + (0 if config.halves else 8)  # with a barrier
     of_chunk = width * products * 256 if config.halves else width // 4 * products * 512
     others = tokens * 4 + chunks * products * 64 if config.halves else 20 * config.warps
+    of_tile = (parts * tokens + 1) * 16 * (8 if dtype == torch.float32 else 4)  # of its sums
     jobs = -(-chunks * (width // 16) * tokens // config.warps)
     if jobs * dtype.itemsize * 4 * config.warps * (blocks if config.halves else 1) > 1024:
         return None  # registers
 
     def fitted(sums: int) -> Plan:
-        batch = sums // ((parts * tokens + 1) * 64)
+        batch = sums // of_tile
         batch = most if batch >= most else max(batch // groups, 1) * groups
-        fixed = chunks * of_chunk + batch * (parts * tokens + 1) * 64 + others
+        fixed = chunks * of_chunk + batch * of_tile + others
         room = chip.memory // blocks - 1024 * (blocks > 1) - fixed
         depth = min(config.depth, units, room // (config.warps * unit))
         memory = fixed + depth * config.warps * unit

@@ -109,10 +109,18 @@ DEVICE Two load_of(const Two *from, int rank) { // from the same place of anothe
     asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];" : "=r"(found.v[0]), "=r"(found.v[1]) : "r"(address) : "memory");
     return found;
 }
+DEVICE Four load_of(const Four *from, int rank) {
+    Four found;
+    u32 address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(from)), "r"(rank));
+    asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(found.v[0]), "=r"(found.v[1]), "=r"(found.v[2]), "=r"(found.v[3]) : "r"(address) : "memory");
+    return found;
+}
 #else
 #define CLUSTER
 DEVICE void all_sync() { __syncthreads(); }
-DEVICE Two load_of(const Two *from, int) { return *from; }
+template <class T> DEVICE T load_of(const T *from, int) { return *from; }
 #endif
 #else
 #include "decode_on_cpu.h"
@@ -241,9 +249,15 @@ struct Output {
     }
 };
 
+// What a warp knows of an output. Of one-sided activations parts are far larger than their sum: float32 would lose bits.
+template <int> struct PartOf { typedef float Type; typedef Two Both; };
+template <> struct PartOf<1> { typedef double Type; typedef Four Both; };
+typedef PartOf<KIND>::Type Part;
+typedef PartOf<KIND>::Both Parts; // of both halves
+
 // Add what warps and the blocks of a cluster have of the tiles from `start` to `end`: sums [tile][part][token][row][half],
 // 16 numbers between tiles. All threads of the cluster call, each knows its own sums.
-DEVICE void add_parts(const Arguments &a, const float *sums, int tile_sums, int start, int end, int rank, int parts) {
+DEVICE void add_parts(const Arguments &a, const Part *sums, int tile_sums, int start, int end, int rank, int parts) {
     const int rows = (end - start) * 8;
     int i = rank * THREADS + threadIdx.x;
     Output output;
@@ -251,17 +265,20 @@ DEVICE void add_parts(const Arguments &a, const float *sums, int tile_sums, int 
     all_sync();
     for (; i < rows * TOKENS; i += RANGES * THREADS) {
         const int row = i % rows, token = i / rows;
-        const Two *from = (const Two *)(sums + row / 8 * tile_sums + token * 16 + row % 8 * 2);
-        float total[2] = {};
+        const Parts *from = (const Parts *)(sums + row / 8 * tile_sums + token * 16 + row % 8 * 2);
+        Part total[2] = {};
 #pragma unroll
         for (int range = 0; range < RANGES; range++)
 #pragma unroll 4
             for (int p = 0; p < parts; p++) {
-                const Two found = load_of(from + p * (TOKENS * 8), range);
-                total[0] += __uint_as_float(found.v[0]);
-                total[1] += __uint_as_float(found.v[1]);
+                const Parts found = load_of(from + p * (TOKENS * 8), range);
+                Part both[2];
+                memcpy(both, &found, sizeof both);
+                total[0] += both[0];
+                total[1] += both[1];
             }
-        output.store(a, total);
+        const float results[2] = {(float)total[0], (float)total[1]};
+        output.store(a, results);
         const int next = i + RANGES * THREADS;
         if (next < rows * TOKENS) output.find(a, start * 8 + next % rows, next / rows);
     }

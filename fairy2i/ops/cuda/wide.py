@@ -47,8 +47,8 @@ def takes(layout: Layout, dtype: torch.dtype, features: int) -> bool:
     return written_in_cuda(layout) and dtype == torch.bfloat16 and features % 16 == 0
 
 
-# Microseconds on an H100, fitted to what 130 launches took (within 10 % up to 512 tokens); 32 lies between 16 and 64
-STEP_TIMES = {16: 0.45, 32: 0.5, 64: 0.62, 128: 0.76, 256: 1.27}  # of a step of so many tokens of a block
+# Microseconds on an H100, fitted to what 130 launches took (within 10 % up to 512 tokens)
+STEP_TIMES = {16: 0.39, 32: 0.46, 64: 0.6, 128: 0.76, 256: 1.27}  # of a step of so many tokens of a block
 BEGIN, TILE = 1.5, 2.8  # of a launch, and of each tile that a block takes steps of
 SHARED = 1.0, 9.0  # what tiles that are shared take more: at all, and for each 256 tokens of a block
 SPLIT = 2.4  # what each further block of a split takes, for each 256 tokens

@@ -92,10 +92,10 @@ template <int LEFT> void wait() {
 inline void shared_max(u32 *to, u32 value) { *to = *to > value ? *to : value; }
 inline void __syncthreads() { meet(current->block->meeting); }
 inline void all_sync() { meet(all); }
-inline Two load_of(const Two *from, int rank) {
+template <class T> T load_of(const T *from, int rank) {
     const u64 at = (u64)from - (u64)memory;
     if (blocks.at(rank).running == 0) fail("memory of a block that has ended");
-    return *(const Two *)(blocks.at(rank).start + at);
+    return *(const T *)(blocks.at(rank).start + at);
 }
 inline Warp &warp_here() { return *current->warp; }
 inline int lane_here() { return current->thread % 32; }
