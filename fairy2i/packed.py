@@ -360,33 +360,40 @@ class PackedLinear(nn.Module):
     def _multiply_on_gpu(self, x: Tensor, backend: str) -> Tensor:
         compiling = torch.compiler.is_compiling()
         if (ahead := self._ahead) is not None:
-            self._ahead = None
+            self._set_ahead(None, compiling)
             if ahead[0] is x and (compiling or x.is_inference() or ahead[1] == x._version):
                 return ahead[3]
         if x.shape[-1] != self.in_features:
             raise RuntimeError(f"the layer has {self.in_features} input features, got an input of {tuple(x.shape)}")
-        layout = layout_of(self.scheme, backend)
-        if compiling and (self._layout != layout or self.words is None):
+        scales = self.scales
+        if compiling and (self._layout != layout_of(self.scheme, backend) or self.words is None):
             _tell_not_ready()
             return F.linear(x, self.dense_weight_as(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        if not compiling and (self._kernel is None or self._kernel.scales != self.scales.data_ptr()):
+        if not compiling and (self._kernel is None or self._kernel.scales != scales.data_ptr()):
             self._repacked(backend)
             _join([self, *self._siblings])  # after a move, which parted them
+        multiply = packed_linear if compiling or watched(x) else gpu.linear
         group = self._group
         if group is not None and any(layer._ahead is not None for layer in group.layers):
             group.dissolve()  # one was not asked about the same input, the time before
             group = None
         if group is None or group.layers[0] is not self:
-            bias, words = None if self.bias is None else self.bias.detach(), self.words
-            assert words is not None
-            return packed_linear(x, words, self.scales, bias, self.out_features, layout)
-        sizes = [layer.out_features for layer in group.layers]
-        y = packed_linear(x, group.words, group.scales, group.bias, sum(sizes), group.layout, group.places)
+            bias, words, layout = None if self.bias is None else self.bias.detach(), self.words, self._layout
+            assert words is not None and layout is not None
+            return multiply(x, words, scales, bias, self.out_features, layout)
+        sizes = group.sizes
+        y = multiply(x, group.words, group.scales, group.bias, sum(sizes), group.layout, group.places)
         outputs = y.split(sizes, dim=-1)
         version = 0 if compiling or x.is_inference() else x._version
         for layer, output in zip(group.layers[1:], outputs[1:], strict=True):
-            layer._ahead = (x, version, None, output)
+            layer._set_ahead((x, version, None, output), compiling)
         return outputs[0]
+
+    def _set_ahead(self, ahead: tuple[Tensor, int, Any, Tensor] | None, compiling: bool) -> None:
+        if compiling:
+            self._ahead = ahead
+        else:
+            self.__dict__["_ahead"] = ahead  # past nn.Module's search for parameters
 
     def _offloaded(self) -> bool:
         """Return whether accelerate keeps the codes elsewhere between calls."""
@@ -510,7 +517,7 @@ class _Group:
         self.words = gpu.join_words([part for part in words if part is not None])
         self.scales = gpu.group_scales([layer.scales for layer in layers], rows, layout)
         self.layout = (*layout[:2], 1, *layout[3:])  # a scale for each row
-        sizes = [layer.out_features for layer in layers]
+        self.sizes = sizes = [layer.out_features for layer in layers]
         self.places = gpu.group_places(sizes, layout[0], self.scales.device)
         biases = [layer.bias for layer in layers]
         self.bias: Tensor | None = None

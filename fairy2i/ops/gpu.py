@@ -31,7 +31,7 @@ WIDTHS = (32, 16)  # BK, the preferred one first
 AUTO = True  # whether "auto" takes these kernels on a GPU
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Thresholds:
     """The most tokens that a way is used for, by what `benchmarks/bench_inference.py` measures.
 
@@ -279,6 +279,21 @@ def way_for(tokens: int, layout: Sequence[int], dtype: torch.dtype, words: Tenso
     return "blocks" if tokens <= THRESHOLDS.blocks and not writes_bf16(layout, dtype) else "dense"
 
 
+@functools.lru_cache(maxsize=4096)
+def _usual_way(
+    tokens: int,
+    layout: tuple[int, ...],
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    features: int,
+    device: torch.device,
+    thresholds: Thresholds,
+) -> str:
+    """Return what :func:`way_for` says of words of a shape."""
+    words = torch.empty((), dtype=torch.int16, device=device).expand(shape)
+    return way_for(tokens, layout, dtype, words, features)
+
+
 def written_in_cuda(layout: Sequence[int]) -> bool:
     """Return whether kernels in CUDA C++ know such layers: phase codes, scales of the tensor or of rows."""
     kind, stages, granularity = layout[:3]
@@ -342,20 +357,15 @@ def linear(
         TypeError, ValueError: dtypes or sizes that do not belong together, or planes or blocks are to take float32.
         RuntimeError: input and words are on two devices.
     """
-    kind, stages, _, _, _, rotation = layout
-    halves = 2 if kind == 0 else 1
-    rows, cols = out_features // halves, x.shape[-1] // halves
+    rotation, features = layout[5], x.shape[-1]
     if x.dtype not in DTYPES:
         raise TypeError(f"packed_linear takes float32, bfloat16 or float16 activations, got {x.dtype}")
     if x.device != words.device:
         raise RuntimeError(f"the packed layer is on {words.device}, its input on {x.device}")
     if words.dtype != torch.int16 or scales.dtype != torch.float32:
         raise TypeError(f"packed_linear needs int16 words and float32 scales, got {words.dtype} and {scales.dtype}")
-    if tuple(words.shape) != (need := words_shape(rows, cols, kind, stages)):
-        raise ValueError(f"a {out_features}x{x.shape[-1]} layer needs words of {need}, got {tuple(words.shape)}")
-    if words.stride()[2:] != (math.prod(need[3:]), need[4], 1):
-        raise ValueError(f"packed_linear needs words whose rows are contiguous, got strides {words.stride()}")
-    flat = x.reshape(-1, x.shape[-1])
+    _check_words(words.shape, words.stride(), out_features, features, *layout[:2])
+    flat = x if x.dim() == 2 else x.reshape(-1, features)
     if rotation:
         flat = rotated(flat, rotation)
     if flat.stride(-1) != 1:
@@ -363,7 +373,7 @@ def linear(
     tokens = flat.shape[0]
     y = x.new_empty(tokens, out_features)
     if tokens:
-        way = way or way_for(tokens, layout, x.dtype, words, x.shape[-1])
+        way = way or _usual_way(tokens, tuple(layout), x.dtype, words.shape, features, words.device, THRESHOLDS)
         if way in ("planes", "blocks") and x.dtype == torch.float32:
             raise TypeError(f"{way} takes bfloat16 or float16 activations, got {x.dtype}")
         scales = scales.contiguous()
@@ -372,7 +382,7 @@ def linear(
         if way == "dense":
             from .triton import multiply
 
-            weight = multiply.dense_weight(words, scales, x.dtype, out_features, x.shape[-1], layout, places)
+            weight = multiply.dense_weight(words, scales, x.dtype, out_features, features, layout, places)
             y = torch.nn.functional.linear(flat, weight, None if bias is None else bias.to(x.dtype))
         else:
             with on_device(flat):
@@ -380,6 +390,19 @@ def linear(
     return y.view(*x.shape[:-1], out_features)
 
 
+@functools.lru_cache(maxsize=4096)
+def _check_words(
+    shape: tuple[int, ...], strides: tuple[int, ...], out_features: int, features: int, kind: int, stages: int
+) -> None:
+    halves = 2 if kind == 0 else 1
+    need = words_shape(out_features // halves, features // halves, kind, stages)
+    if tuple(shape) != need:
+        raise ValueError(f"a {out_features}x{features} layer needs words of {need}, got {tuple(shape)}")
+    if strides[2:] != (math.prod(need[3:]), need[4], 1):
+        raise ValueError(f"packed_linear needs words whose rows are contiguous, got strides {strides}")
+
+
+@functools.cache
 def _runner(way: str) -> Callable[..., None]:
     if way == "decode":
         from .cuda import decode

@@ -60,7 +60,7 @@ def multiply(compiled):
         (blocks, _, _), shared = wide.grid(words.shape[2], m, x.shape[0], config, processors)
         sums, flags = torch.full((blocks, 128, config.tokens), torch.nan), torch.zeros(blocks, dtype=torch.int32)
         memory = wide.slots(config, *(words.shape[i] for i in (3, 1, 4)))[2]
-        compiled(wide.defines(words, layout, config)).run(
+        compiled(wide.defines(words.shape, layout, config)).run(
             x_map, words_map, *wide.arguments(x, words, scales, bias, y, places, shared, sums, flags), blocks, memory
         )
         assert not flags.any(), "flags are left as they were found"

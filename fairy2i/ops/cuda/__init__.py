@@ -156,6 +156,7 @@ class Kernel:
 
     def __init__(self, code: bytes, name: str, device: int, early: bool = False) -> None:
         self.device, self.early, self._memory, self._lock = device, early, SMALL, threading.Lock()
+        self._attributes = ctypes.pointer(_Attribute(id=_EARLY, value=1))
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         with torch.cuda.device(device):
             torch.cuda.init()
@@ -171,6 +172,8 @@ class Kernel:
 
     def allow(self, memory: int) -> None:
         """Let blocks have so many bytes of dynamic shared memory; launches see to it themselves."""
+        if memory <= self._memory:
+            return
         with self._lock:  # another thread that asks for less must not have the last word
             if memory > self._memory:
                 for which, value in ((_DYNAMIC_MEMORY, memory), (_SHARED_PERCENT, 100)):
@@ -182,8 +185,7 @@ class Kernel:
         self.allow(memory)
         addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
         stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
-        early = _Attribute(id=_EARLY, value=1)
-        launch = _Launch(tuple(grid), (threads, 1, 1), memory, stream, ctypes.pointer(early), int(self.early))
+        launch = _Launch(tuple(grid), (threads, 1, 1), memory, stream, self._attributes, int(self.early))
         for again in (True, False):
             error = driver().cuLaunchKernelEx(ctypes.byref(launch), self._function, addresses, None)
             if error != _INVALID_CONTEXT or not again:

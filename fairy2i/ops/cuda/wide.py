@@ -94,9 +94,9 @@ def slots(config: Config, signs: int, passes: int, width: int) -> tuple[int, int
     return count, chunks, count * slot + chunks * words + rest
 
 
-def defines(words: Tensor, layout: Layout, config: Config) -> dict[str, int]:
-    """Return the constants of the kernel."""
-    _, passes, _, signs, width = words.shape
+def defines(shape: Sequence[int], layout: Layout, config: Config) -> dict[str, int]:
+    """Return the constants of the kernel for words of a shape."""
+    _, passes, _, signs, width = shape
     steps, chunks, _ = slots(config, signs, passes, width)
     return {
         "STAGES": layout[1],
@@ -132,12 +132,14 @@ def source(constants: dict[str, int]) -> str:
     return lines + multiplication(constants["TOKENS"]) + SOURCE.read_text()
 
 
+@functools.lru_cache(maxsize=4096)  # what is known of an address stays right, whatever lies there
 def _tensor_map(
-    tensor: Tensor, kind: int, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]
+    address: int, kind: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
 ) -> ctypes.Array[ctypes.c_uint64]:
     """Return what describes a tensor to the copy engine: rows of 128 bytes of a copy are swizzled, zeros lie outside.
 
     Args:
+        address: of the tensor.
         kind: CU_TENSOR_MAP_DATA_TYPE_... of its numbers of 16 bits.
         sizes: the innermost first.
         strides: bytes, of all but the innermost.
@@ -151,13 +153,13 @@ def _tensor_map(
     found = (ctypes.c_uint64 * 16).from_buffer(memory, start * 8)
     rank = len(sizes)
     error = driver().cuTensorMapEncodeTiled(
-        found, kind, rank, ctypes.c_void_p(tensor.data_ptr()),
+        found, kind, rank, ctypes.c_void_p(address),
         (ctypes.c_uint64 * rank)(*sizes), (ctypes.c_uint64 * (rank - 1))(*strides),
         (ctypes.c_uint32 * rank)(*box), (ctypes.c_uint32 * rank)(*[1] * rank),
         0, 3, 2, 0,  # not interleaved, swizzle of 128 bytes, 128 bytes at once into the L2 cache, zeros outside
     )  # fmt: skip
     if error:
-        raise RuntimeError(f"cuTensorMapEncodeTiled: error {error} for {tuple(tensor.shape)}, {tensor.stride()}")
+        raise RuntimeError(f"cuTensorMapEncodeTiled: error {error} for {sizes} numbers, {strides} bytes apart")
     return found
 
 
@@ -168,10 +170,10 @@ def tensor_maps(x: Tensor, words: Tensor, tokens: int) -> list[ctypes.Array[ctyp
     """
     m, (chunks, passes, n, signs, width) = x.shape[1] // 2, words.shape
     row = signs * width * 2
-    strides = [row, *(2 * words.stride(i) if words.shape[i] > 1 else row for i in (1, 0))]
+    strides = (row, *(2 * words.stride(i) if words.shape[i] > 1 else row for i in (1, 0)))
     return [
-        _tensor_map(x, 9, (m, x.shape[0], 2), (2 * x.stride(0), 2 * m), (64, tokens, 1)),  # bfloat16
-        _tensor_map(words, 1, (signs * width, n, passes, chunks), strides, (64, ROWS, 1, 1)),
+        _tensor_map(x.data_ptr(), 9, (m, x.shape[0], 2), (2 * x.stride(0), 2 * m), (64, tokens, 1)),  # bfloat16
+        _tensor_map(words.data_ptr(), 1, (signs * width, n, passes, chunks), strides, (64, ROWS, 1, 1)),
     ]
 
 
@@ -240,14 +242,14 @@ def launch_flags(blocks: int, device: torch.device) -> Tensor:
     return torch.zeros(blocks, dtype=torch.int32, device=device)
 
 
-@functools.cache
-def _loaded(constants: tuple[tuple[str, int], ...], device: torch.device) -> Kernel:
-    return kernel(source(dict(constants)), "multiply_wide", device.index, early=True)
-
-
-def kernel_for(words: Tensor, layout: Layout, config: Config) -> Kernel:
-    """Return the kernel for such words, compiled at the first use: not while a CUDA graph is captured."""
-    return _loaded(tuple(defines(words, layout, config).items()), words.device)
+@functools.lru_cache(maxsize=4096)
+def _ready(
+    shape: tuple[int, ...], layout: tuple[int, ...], features: int, tokens: int, device: torch.device, config: Config
+) -> tuple[Kernel, tuple[int, int, int], int, int]:
+    """Return the kernel for such words, compiled at the first use, blocks, shared tiles, and bytes of a block."""
+    loaded = kernel(source(defines(shape, layout, config)), "multiply_wide", device.index, early=True)
+    memory = slots(config, shape[3], shape[1], shape[4])[2]
+    return loaded, *grid(shape[2], features // 2, tokens, config, processors(device)), memory
 
 
 def config_for(words: Tensor, features: int, tokens: int) -> Config:
@@ -257,8 +259,9 @@ def config_for(words: Tensor, features: int, tokens: int) -> Config:
 
 def prepare(words: Tensor, layout: Layout, features: int, tokens: Sequence[int]) -> None:
     """Compile what multiplies such words with each of some numbers of tokens; layers that :func:`takes` takes."""
-    for config in {config_for(words, features, count) for count in tokens}:
-        kernel_for(words, layout, config)
+    for count in tokens:
+        config = config_for(words, features, count)
+        _ready(tuple(words.shape), tuple(layout), features, count, words.device, config)
 
 
 def wide(
@@ -275,9 +278,8 @@ def wide(
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
     config = config or config_for(words, x.shape[1], x.shape[0])
-    memory = slots(config, *(words.shape[i] for i in (3, 1, 4)))[2]
-    launch = kernel_for(words, layout, config)
-    blocks, shared = grid(words.shape[2], x.shape[1] // 2, x.shape[0], config, processors(x.device))
+    tokens, features = x.shape
+    launch, blocks, shared, memory = _ready(tuple(words.shape), tuple(layout), features, tokens, x.device, config)
     sums = flags = None
     if shared:
         sums = torch.empty(blocks[0], 2 * ROWS, config.tokens, dtype=torch.float32, device=x.device)
