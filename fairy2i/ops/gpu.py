@@ -402,7 +402,6 @@ def _check_words(
         raise ValueError(f"packed_linear needs words whose rows are contiguous, got strides {strides}")
 
 
-@functools.cache
 def _runner(way: str) -> Callable[..., None]:
     if way == "decode":
         from .cuda import decode

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from layers import on_both, random_layer
 
 from fairy2i import METHODS, PhaseScheme
-from fairy2i.ops import gpu
+from fairy2i.ops import cuda, gpu
 from fairy2i.ops.cuda import wide
 from fairy2i.ops.inference import code_rows_and_columns, layout_of
 
@@ -290,15 +290,16 @@ def test_kernels_in_a_row_take_what_those_before_leave(ways, tokens):
 @pytest.mark.gpu
 def test_what_is_prepared_can_be_captured_at_once():
     layer, words, layout = layer_and_words(ROWS, 1002, 4128, "cuda")
-    wide._loaded.cache_clear()  # of what other tests have loaded
+    wide._ready.cache_clear()  # of what other tests have loaded
+    cuda.kernel.cache_clear()
     wide.prepare(words, layout, 4128, [16, 100])
-    loaded = wide._loaded.cache_info().misses
-    for tokens in (16, 100):
+    loaded = cuda.kernel.cache_info().misses
+    for tokens in (16, 100, 12):
         x = torch.randn(tokens, 4128, device="cuda").bfloat16()
         y, again, graph = x.new_empty(tokens, 1002), x.new_empty(tokens, 1002), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             wide.wide(x, words, layer.scales, None, y, layout, None)
-        assert wide._loaded.cache_info().misses == loaded, "nothing is compiled or loaded meanwhile"
+        assert cuda.kernel.cache_info().misses == loaded, "nothing is compiled or loaded meanwhile"
         graph.replay()
         wide.wide(x, words, layer.scales, None, again, layout, None)
         assert torch.equal(y, again)
