@@ -1,29 +1,31 @@
-// Products of packed layers with one or two tokens: phase codes, scales of the tensor or of rows. prelude.cu comes first.
+// Products of packed layers with one or two tokens: phase codes, scales of the tensor or of rows.
+// prelude.cu comes first.
 //
 // Sums of integers. Signs become operands of int8 tensor cores with one instruction for four: an int32 of words AND
-// (0x01010101 << b) is four numbers bit * 2^b. Activations are integers: X = x * 2^e, rounded, e from the largest of the
-// token; X * 2^(7 - b) (negated for b = 7, whose bit is -128) is cut into four signed digits of 8 bits. The 8 columns of a
-// product are (digit, part), part 0 real and 1 imaginary, of ONE token; its 16 rows are the signs p of 8 rows of the codes,
-// then q. Bits are 0 or 1: (p + q) / 2 is accP + accQ - S, S the sum of all activations. Sums of integers are exact; the
-// order of others is fixed: a result has the same bits in each run.
+// (0x01010101 << b) is four numbers bit * 2^b. Activations are integers: X = x * 2^e, rounded, e from the largest of
+// the token; X * 2^(7 - b) (negated for b = 7, whose bit is -128) is cut into four signed digits of 8 bits. The 8
+// columns of a product are (digit, part), part 0 real and 1 imaginary, of ONE token; its 16 rows are the signs p of 8
+// rows of the codes, then q. Bits are 0 or 1: (p + q) / 2 is accP + accQ - S, S the sum of all activations. Sums of
+// integers are exact; the order of others is fixed: a result has the same bits in each run.
 //
 //     unit      8 rows of the codes (a tile) times a chunk of 16 BK columns, all signs: 8 rows of words lie together in
 //               each pass. A warp copies its units to its own places in shared memory, DEPTH of them ahead. A lane (g =
-//               lane / 4 is the row, t = lane % 4) reads J int32 of each sign; in odd rows p is q and q is p, for the banks
+//               lane / 4 is the row, t = lane % 4) reads J int32 of each sign; in odd rows p is q and q is p, for the
+//               banks
 //     columns   int32 v = J t + j of a row, byte y, bit b: column (b + 8 (y & 1)) BK + 2 v + (y >> 1) of the chunk
 //     B         made once a block, as fragments [chunk][quad][product][lane]
-//     ranges    the blocks of a cluster (RANGES) have the same tiles, and each a range of the chunks. They add up out of
-//               each other's memory
-//     warps     `parts` of them share a tile, each has every so many-th chunk; the others have other tiles. At the end of a
-//               tile a warp knows its part of 16 outputs; parts are added once, at the end of the block
+//     ranges    the blocks of a cluster (RANGES) have the same tiles, and each a range of the chunks. They add up out
+//               of each other's memory
+//     warps     `parts` of them share a tile, each has every so many-th chunk; the others have other tiles. At the end
+//               of a tile a warp knows its part of 16 outputs; parts are added once, at the end of the block
 //
 // float32 activations are two integers each (PIECES), 46 bits; others one of 22 bits, a magic number's mantissa.
-// Activations that are not finite make their token's outputs NaN. Where the largest of a token is below 2^-105, its bits
-// get fewer.
+// Activations that are not finite make their token's outputs NaN. Where the largest of a token is below 2^-105, its
+// bits get fewer.
 //
 // Compiled at run time for: STAGES G BK (of the words), TOKENS (1 or 2), KIND (of x and y: 1 float32, 2 bf16, 3 fp16),
-// ALIGNED (whether 8 activations can be read at once), HOPPER (whether for 9.0 or more, which copies by itself), EARLY, WARPS,
-// DEPTH, BLOCKS (of a multiprocessor), RANGES, JOBS (16 activations of a lane each, for a warp).
+// ALIGNED (whether 8 activations can be read at once), HOPPER (whether for 9.0 or more, which copies by itself), EARLY,
+// WARPS, DEPTH, BLOCKS (of a multiprocessor), RANGES, JOBS (16 activations of a lane each, for a warp).
 
 constexpr int PIECES = KIND == 1 ? 2 : 1;
 constexpr int TILES = TOKENS * PIECES;     // products of 8 columns
@@ -142,7 +144,8 @@ struct Fetcher {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) CLUSTER multiply_few(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) CLUSTER
+multiply_few(const __grid_constant__ Arguments a) {
     const int lane = threadIdx.x % 32, warp = from_first_lane(threadIdx.x / 32), g = lane / 4, t = lane % 4;
     const int parts = 1 << a.log_parts, part = warp & (parts - 1); // warps of a tile
     const int groups = WARPS >> a.log_parts, group = warp >> a.log_parts;
@@ -152,7 +155,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) CLUSTER multiply_f
     const int first = cluster * a.tiles + (cluster < a.more ? cluster : a.more);
     const int last = first + a.tiles + (cluster < a.more ? 1 : 0);
     unsigned char *const operands = memory + WARPS * DEPTH * UNIT; // B, [chunk]
-    // [tile][part][token][row][half], 16 numbers between tiles: other banks. In all blocks of a cluster at the same place
+    // [tile][part][token][row][half], 16 numbers between tiles: other banks. At the same place in all blocks
+    // of a cluster
     Part *const sums = (Part *)(operands + most_chunks * CHUNK);
     const int tile_sums = (parts * TOKENS + 1) * 16;
     u64 *const full = (u64 *)(sums + a.batch * tile_sums); // barriers: [warp][place]
@@ -189,7 +193,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) CLUSTER multiply_f
     for (int token = 0; token < TOKENS; token++) {
         sizes[token] = 0;
 #pragma unroll
-        for (int w = token; w < WARPS; w += TOKENS) sizes[token] = sizes[token] > largest[w] ? sizes[token] : largest[w];
+        for (int w = token; w < WARPS; w += TOKENS)
+            sizes[token] = sizes[token] > largest[w] ? sizes[token] : largest[w];
     }
 
     // fragments: a lane makes 16 columns of a part, 4 digits each

@@ -1,7 +1,7 @@
 // What decode.cu and several.cu, which follow it, have in common: the machine, arguments, and the ends of sums.
 //
-// A kernel that is launched EARLY begins while the one before it still runs. Nothing before its wait_for_previous() reads
-// what others may have written, words excepted, or writes to the GPU's memory.
+// A kernel that is launched EARLY begins while the one before it still runs. Nothing before its wait_for_previous()
+// reads what others may have written, words excepted, or writes to the GPU's memory.
 
 typedef unsigned u32;
 typedef unsigned short u16;
@@ -17,19 +17,23 @@ extern __shared__ __align__(128) unsigned char memory[];
 DEVICE u32 shared_address(const void *of) { return (u32)__cvta_generic_to_shared(of); }
 template <int BYTES> DEVICE void copy_async(void *to, const void *from) {
     if (BYTES == 16)
-        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from)
+                     : "memory");
     else
-        asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 8;" ::"r"(shared_address(to)), "l"(from) : "memory");
+        asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], 8;" ::"r"(shared_address(to)), "l"(from)
+                     : "memory");
 }
 DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT> DEVICE void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
 DEVICE void mma(int *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 DEVICE void mma(float *c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
@@ -51,8 +55,8 @@ DEVICE void expect(u64 *barrier, u32 bytes) {
 }
 DEVICE void wait_for(u64 *barrier, u32 parity) {
     asm volatile("{\n.reg .pred p;\nagain:\n"
-                 "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}" ::"r"(shared_address(barrier)),
-                 "r"(parity)
+                 "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}"
+                 ::"r"(shared_address(barrier)), "r"(parity)
                  : "memory");
 }
 DEVICE void copy_bulk(void *to, const void *from, u32 bytes, u64 *barrier) { // multiples of 16
@@ -106,7 +110,8 @@ DEVICE Two load_of(const Two *from, int rank) { // from the same place of anothe
     Two found;
     u32 address;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(from)), "r"(rank));
-    asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];" : "=r"(found.v[0]), "=r"(found.v[1]) : "r"(address) : "memory");
+    asm volatile("ld.shared::cluster.v2.u32 {%0, %1}, [%2];"
+                 : "=r"(found.v[0]), "=r"(found.v[1]) : "r"(address) : "memory");
     return found;
 }
 DEVICE Four load_of(const Four *from, int rank) {
@@ -249,14 +254,15 @@ struct Output {
     }
 };
 
-// What a warp knows of an output. Of one-sided activations parts are far larger than their sum: float32 would lose bits.
+// What a warp knows of an output. Of one-sided activations parts are far larger than their sum: float32 would
+// lose bits.
 template <int> struct PartOf { typedef float Type; typedef Two Both; };
 template <> struct PartOf<1> { typedef double Type; typedef Four Both; };
 typedef PartOf<KIND>::Type Part;
 typedef PartOf<KIND>::Both Parts; // of both halves
 
-// Add what warps and the blocks of a cluster have of the tiles from `start` to `end`: sums [tile][part][token][row][half],
-// 16 numbers between tiles. All threads of the cluster call, each knows its own sums.
+// Add what warps and the blocks of a cluster have of the tiles from `start` to `end`: sums
+// [tile][part][token][row][half], 16 numbers between tiles. All threads of the cluster call, each knows its own sums.
 DEVICE void add_parts(const Arguments &a, const Part *sums, int tile_sums, int start, int end, int rank, int parts) {
     const int rows = (end - start) * 8;
     int i = rank * THREADS + threadIdx.x;

@@ -1,29 +1,30 @@
-// Products of packed layers with 3 to 16 tokens of bf16 or fp16: phase codes, scales of the tensor or of rows. prelude.cu
-// comes first.
+// Products of packed layers with 3 to 16 tokens of bf16 or fp16: phase codes, scales of the tensor or of rows.
+// prelude.cu comes first.
 //
-// Sums in float32. An int32 of words AND (0x00010001 << b), b < 8, is two fp16 numbers bit * 2^(b - 24), denormals; bits 8 to
-// 15 are moved to the right by 8 first. Activations are fp16 numbers x * 2^(e + 7 - b), e from the largest of the token, which
-// becomes 2^8 or more: all that is lost is below 2^-32 of it. The 8 columns of a product are (token, part) of 4 tokens, part
-// 0 real and 1 imaginary: a quarter of the products of decode.cu, but twice the instructions for signs. Its 16 rows are the
-// signs p of 8 rows of the codes, then q. The order of all sums is fixed: a result has the same bits in each run.
+// Sums in float32. An int32 of words AND (0x00010001 << b), b < 8, is two fp16 numbers bit * 2^(b - 24), denormals;
+// bits 8 to 15 are moved to the right by 8 first. Activations are fp16 numbers x * 2^(e + 7 - b), e from the largest of
+// the token, which becomes 2^8 or more: all that is lost is below 2^-32 of it. The 8 columns of a product are (token,
+// part) of 4 tokens, part 0 real and 1 imaginary: a quarter of the products of decode.cu, but twice the instructions
+// for signs. Its 16 rows are the signs p of 8 rows of the codes, then q. The order of all sums is fixed: a result has
+// the same bits in each run.
 //
-//     unit      8 rows of the codes (a tile) times a chunk of 16 BK columns, all signs: a lane (g = lane / 4 is the row,
-//               t = lane % 4) has J int32 of each sign, 4 J neighbouring bytes, and copies them itself into a place of
-//               shared memory that only it reads, DEPTH units ahead: no barrier, no registers
-//     columns   int32 v = J t + j of a row, bit b, half y: column b BK + 2 v + y of the chunk. The activations are put in
-//               this order once a block, as fragments
+//     unit      8 rows of the codes (a tile) times a chunk of 16 BK columns, all signs: a lane (g = lane / 4 is the
+//               row, t = lane % 4) has J int32 of each sign, 4 J neighbouring bytes, and copies them itself into a
+//               place of shared memory that only it reads, DEPTH units ahead: no barrier, no registers
+//     columns   int32 v = J t + j of a row, bit b, half y: column b BK + 2 v + y of the chunk. The activations are put
+//               in this order once a block, as fragments
 //     ranges    the blocks of a cluster (RANGES) have the same tiles, and each a range of the chunks: fragments of many
 //               tokens and columns do not fit into one, and take their time. They add up out of each other's memory
-//     warps     `parts` of them share a tile, each has every so many-th chunk; the others have other tiles. At the end of a
-//               tile a warp knows its part of 16 outputs; parts are added once, at the end of the block
+//     warps     `parts` of them share a tile, each has every so many-th chunk; the others have other tiles. At the end
+//               of a tile a warp knows its part of 16 outputs; parts are added once, at the end of the block
 //     signs     bits are 0 or 1: the sum of +-X 2^7 is 2 acc - S, S the sum for bits that are all 1
 //
-// Activations that are not finite make their token's outputs NaN. Where the largest of a token is below 2^-112, its bits get
-// fewer.
+// Activations that are not finite make their token's outputs NaN. Where the largest of a token is below 2^-112, its
+// bits get fewer.
 //
-// Compiled at run time for: STAGES G BK (of the words), TOKENS (4, 8, 12 or 16), KIND (of x and y: 2 bf16, 3 fp16), ALIGNED
-// (whether 8 activations can be read at once), EARLY, WARPS, DEPTH, BLOCKS (of a multiprocessor), RANGES, JOBS (16
-// activations of a lane each, for a warp).
+// Compiled at run time for: STAGES G BK (of the words), TOKENS (4, 8, 12 or 16), KIND (of x and y: 2 bf16, 3 fp16),
+// ALIGNED (whether 8 activations can be read at once), EARLY, WARPS, DEPTH, BLOCKS (of a multiprocessor), RANGES, JOBS
+// (16 activations of a lane each, for a warp).
 
 constexpr int TILES = TOKENS / 4; // products of 8 columns
 constexpr int QUADS = 4 * J;      // of a chunk: 4 registers of B, two steps of 16 columns
@@ -76,7 +77,8 @@ struct Fetcher {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) CLUSTER multiply_few(const __grid_constant__ Arguments a) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) CLUSTER
+multiply_few(const __grid_constant__ Arguments a) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int parts = 1 << a.log_parts, part = warp & (parts - 1); // warps of a tile
     const int groups = WARPS >> a.log_parts, group = warp >> a.log_parts;
@@ -86,7 +88,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) CLUSTER multiply_f
     const int first = cluster * a.tiles + (cluster < a.more ? cluster : a.more);
     const int last = first + a.tiles + (cluster < a.more ? 1 : 0);
     unsigned char *const fragments = memory + WARPS * DEPTH * UNIT; // [chunk][quad][tile][lane] of 16 bytes
-    // [tile][part][token][row][half], 16 numbers between tiles: other banks. In all blocks of a cluster at the same place
+    // [tile][part][token][row][half], 16 numbers between tiles: other banks. At the same place in all blocks
+    // of a cluster
     float *const sums = (float *)(fragments + (a.chunks + RANGES - 1) / RANGES * QUADS * TILES * 512);
     const int tile_sums = (parts * TOKENS + 1) * 16;
     u32 *const largest = (u32 *)(sums + a.batch * tile_sums); // [token]

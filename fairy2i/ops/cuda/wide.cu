@@ -11,18 +11,21 @@
 //     numbers   a phase is p = +-1 where p == q, and p i elsewhere. So p and x = p ^ q are put side by side, once for
 //               16 columns: bits 15 and 14 of what is shifted to the top are then a bf16, +-2 or +-0: the imaginary
 //               part; with bit 14 the other way, the real part.
-//     scales    those of U's first stage wait for the end, in float32, where the sums of real and of imaginary inputs are
-//               apart: with 32 to 128 tokens. Numbers of first stages are then as they are, those of others are multiplied
-//               with scales beside the first's, and so is W when it is added to U and taken from it. That is 20
-//               instructions for 8 weights of two stages (4 shifts, 8 of bits, 8 of bf16). Sums of 256 tokens need the
-//               registers: numbers are multiplied with all of the scales, 24 instructions.
+//     scales    those of U's first stage wait for the end, in float32, where the sums of real and of imaginary inputs
+//               are apart: with 32 to 128 tokens. Numbers of first stages are then as they are, those of others are
+//               multiplied with scales beside the first's, and so is W when it is added to U and taken from it. That is
+//               20 instructions for 8 weights of two stages (4 shifts, 8 of bits, 8 of bf16). Sums of 256 tokens need
+//               the registers: numbers are multiplied with all of the scales, 24 instructions.
 //     few       a product with 16 tokens takes hardly longer with 32 columns: B has the real activations and then the
 //               imaginary ones, one product the parts of U (rows g and g + 8), another those of W, and the sums make
 //               outputs at the end, with the scales of both first stages: 16 instructions.
 //     order     bits from 15 down to 0, even and odd ones in two words; columns of a chunk thus descend
-//     early     blocks begin while the kernel before runs, and fetch words; all else waits for that one's end.
+//     early     blocks begin while the kernel before runs, fetch words of two chunks, and have scales brought to the L2
+//               cache; all else waits for that one's end. More words would be in the way of what it still reads, and
+//               then of activations.
 //     threads   2 warpgroups multiply; of a third one warp asks for activations, one for words, one tells other blocks
-//               of sums and waits for theirs. While wgmma reads the registers of 16 columns, the next are decoded.
+//               of sums and waits for theirs, one prefetches scales. The next 16 columns are decoded into other
+//               registers before products of these are waited for.
 //     cluster   PAIR blocks with other rows share the activations, each brings a half and sends it to all of them;
 //               SPLIT blocks have ranges of the columns, and tell each other their sums at the end: TOKENS / SPLIT
 //               tokens are added by each, always in the same order.
@@ -56,15 +59,16 @@ constexpr int TILES = TOKENS / 8;
 // Sums of products that need not wait for each other: a wgmma that does takes about 100 clocks, which pass meanwhile
 // with 256 tokens.
 constexpr int CHAINS = TOKENS <= 64 ? 4 : TOKENS == 128 ? 2 : 1;
-constexpr bool TOGETHER = TOKENS == 16;             // both halves of the activations in B
-constexpr bool SUMS_APART = CHAINS > 1 && !TOGETHER; // of real and of imaginary inputs
+constexpr bool TOGETHER = TOKENS == 16;    // both halves of the activations in B
 constexpr int COLUMNS = TOGETHER ? 2 * TOKENS : TOKENS; // of B
+constexpr bool SUMS_APART = CHAINS > 1 && !TOGETHER; // of real and of imaginary inputs
 constexpr bool LATE = TOGETHER || SUMS_APART; // some scales wait for the end
-constexpr int REGISTERS = 224, OTHERS_REGISTERS = 56; // of who multiplies, and of the others: in all what they begin with
+// Registers of who multiplies, and of the others: in all what they begin with.
+constexpr int REGISTERS = 224, OTHERS_REGISTERS = 56;
 constexpr int LEFT = 2, READY = 3;         // barriers: sums lie in memory; those of other blocks do
-constexpr int FAR = 16;                              // sums that are loaded at once:
+constexpr int FAR = 16;                    // sums that are loaded at once:
 constexpr int FAR_TILES = TILES < FAR ? TILES : FAR; // of so many groups of 8 tokens
-constexpr int FAR_BLOCKS = FAR / FAR_TILES;          // of so many blocks
+constexpr int FAR_BLOCKS = FAR / FAR_TILES; // of so many blocks
 constexpr int MOST = (TILES + SPLIT - 1) / SPLIT; // groups of 8 tokens that a block adds
 constexpr int SUMS = SPLIT * MOST * MULTIPLIERS * 16;
 constexpr int OUT = BLOCK_ROWS * 4;               // bytes of a token's results
@@ -195,7 +199,8 @@ DEVICE unsigned multiply_add(unsigned a, unsigned b, unsigned c) {
 }
 DEVICE unsigned multiply_subtract(unsigned a, unsigned b, unsigned c) {
     unsigned d;
-    asm("{\n.reg .b32 minus;\nneg.bf16x2 minus, %3;\nfma.rn.bf16x2 %0, %1, %2, minus;\n}" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    asm("{\n.reg .b32 minus;\nneg.bf16x2 minus, %3;\nfma.rn.bf16x2 %0, %1, %2, minus;\n}"
+        : "=r"(d) : "r"(a), "r"(b), "r"(c));
     return d;
 }
 DEVICE float reciprocal(float x) {
@@ -425,7 +430,6 @@ multiply_wide(const __grid_constant__ Map map, const __grid_constant__ Map words
                     for (int i = 0; i < PASSES * PARTS; i++)
                         bring_words(words_at + slot * WORDS + i * PART, &words, i % PARTS, row0, i / PARTS, c,
                                     words_full + 8 * slot);
-                    // two chunks alone: more would be in the way of what the kernel before still reads
                     if (tile == tile1 && c == first / CHUNK_STEPS + 1) kernel_before_ended();
                     if (++slot == WORD_SLOTS) slot = 0, round++;
                 }
@@ -594,8 +598,8 @@ multiply_wide(const __grid_constant__ Map map, const __grid_constant__ Map words
             const unsigned out_at = SPLIT == 1 ? base + before * SLOT : base + SUMS;
             auto piece_at = [&](int token, int piece) { return out_at + token * OUT + (piece ^ (token & 7)) * 16; };
             auto put = [&](int j, const float *v) {
-                store_transposed(piece_at(8 * j + (lane & 7), lane / 8 % 2 * WARPS + warp), bfloats(v[0] + bias1, v[1] + bias1),
-                                 bfloats(v[2] + bias2, v[3] + bias2));
+                store_transposed(piece_at(8 * j + (lane & 7), lane / 8 % 2 * WARPS + warp),
+                                 bfloats(v[0] + bias1, v[1] + bias1), bfloats(v[2] + bias2, v[3] + bias2));
             };
             int from0 = 0, count = TILES;
             if (SPLIT == 1) {

@@ -1,4 +1,5 @@
-// CUDA threads on the processor: every one is a fibre, and gives way where it waits. For decode_on_cpu.h and wide_on_cpu.h.
+// CUDA threads on the processor: every one is a fibre, and gives way where it waits. For decode_on_cpu.h and
+// wide_on_cpu.h.
 #include <sys/mman.h>
 #include <ucontext.h>
 

@@ -1,4 +1,5 @@
-// ops/cuda/wide.cu as a library for the processor: `run` is a launch. Its arguments are those of the kernel, the grid, and bytes of memory.
+// ops/cuda/wide.cu as a library for the processor: `run` is a launch. Its arguments are those of the kernel, the grid,
+// and bytes of memory.
 #include "wide.cu"
 
 static struct {
@@ -24,9 +25,9 @@ extern "C" void run(const u64 *map, const u64 *words, const float *scales, const
                     const int *places, u16 *y, int tokens, int out_features, int n, int m, int chunks, int shared,
                     float *far_sums, int *flags, int grid_x, int bytes) {
     const long results = 2L * tokens * out_features;
-    call = {{}, {}, guarded(scales, 16 * STAGES * (ROWS ? n : 1)), guarded(bias, out_features * (bias_kind == 1 ? 4 : 2)),
-            bias_kind, guarded(places, 8 * n), guarded(y, results), tokens, out_features, n, m, chunks, shared, far_sums,
-            flags};
+    call = {{}, {}, guarded(scales, 16 * STAGES * (ROWS ? n : 1)),
+            guarded(bias, out_features * (bias_kind == 1 ? 4 : 2)), bias_kind, guarded(places, 8 * n),
+            guarded(y, results), tokens, out_features, n, m, chunks, shared, far_sums, flags};
     std::memcpy(call.map.opaque, map, sizeof(Map));
     std::memcpy(call.words.opaque, words, sizeof(Map));
     gridDim = {grid_x, SPLIT, 1};

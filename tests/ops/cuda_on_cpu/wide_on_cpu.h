@@ -1,7 +1,7 @@
 // What ops/cuda/wide.cu takes from the machine, for g++.
-// wgmma happens where it is waited for, so that memory and registers that are given back too early show as wrong results.
-// The layouts are those of the PTX ISA: fragments of wgmma m64nNk16, descriptors, and the swizzle of 128 bytes by address
-// bits.
+// wgmma happens where it is waited for, so that memory and registers that are given back too early show as wrong
+// results. The layouts are those of the PTX ISA: fragments of wgmma m64nNk16, descriptors, and the swizzle of 128 bytes
+// by address bits.
 #include <algorithm>
 #include <cmath>
 #include <map>
@@ -242,8 +242,10 @@ template <int N> DEVICE void mma_wait() {
         if (product.descriptor >> 62 != 1) fail("a descriptor of another swizzle");
         float a[2][16];
         for (int half = 0; half < 2; half++)
-            for (int k = 0; k < 16; k++)
-                a[half][k] = Bfloat::to((u16)(product.a[warp * 32 + row * 4 + k % 8 / 2][k / 8 * 2 + half] >> k % 2 * 16));
+            for (int k = 0; k < 16; k++) {
+                const unsigned two = product.a[warp * 32 + row * 4 + k % 8 / 2][k / 8 * 2 + half];
+                a[half][k] = Bfloat::to((u16)(two >> k % 2 * 16));
+            }
         for (int n = 0; n < COLUMNS; n++) {
             if (n / 2 % 4 != t) continue;
             for (int k = 0; k < 16; k++) {
