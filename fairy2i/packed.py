@@ -369,7 +369,8 @@ class PackedLinear(nn.Module):
         if compiling and (self._layout != layout_of(self.scheme, backend) or self.words is None):
             _tell_not_ready()
             return F.linear(x, self.dense_weight_as(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-        if not compiling and (self._kernel is None or self._kernel.scales != scales.data_ptr()):
+        kernel = self._kernel
+        if not compiling and (kernel is None or kernel.mode_name != backend or kernel.scales != scales.data_ptr()):
             self._repacked(backend)
             _join([self, *self._siblings])  # after a move, which parted them
         multiply = packed_linear if compiling or watched(x) else gpu.linear
@@ -548,8 +549,15 @@ def _join(layers: "list[PackedLinear]") -> None:
 
 
 def watched(x: Tensor) -> bool:
-    """Return whether something looks at ops as they run, so that a call past the dispatcher would be missed."""
-    return type(x) not in (Tensor, nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing()
+    """Return whether something looks at ops as they run, or at tensors, so that the dispatcher has to be asked."""
+    return (
+        type(x) not in (Tensor, nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or x.is_neg()
+        or torch.jit.is_tracing()
+        or torch.autograd._profiler_enabled()
+    )
 
 
 def use_backend(model: nn.Module, backend: Backend) -> nn.Module:

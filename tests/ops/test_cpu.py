@@ -260,6 +260,14 @@ def test_a_layer_compiles_into_one_graph_and_runs_the_kernel(backend):
         assert torch.equal(compiled(x), layer(x))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_and_lazy_negation_are_seen():
+    """No type of the tensor tells of them, and its memory is not there or has something else in it."""
+    layer, x = random_layer(METHODS["complex_phase_v2"], 24, 40, "cpu_exact"), torch.randn(3, 2, 40)
+    torch.testing.assert_close(torch.vmap(layer)(x), layer(x))
+    assert torch.equal(layer(torch._neg_view(x)), layer(-x))
+
+
 def test_a_layer_compiled_before_its_codes_are_repacked_says_so_and_is_right(caplog, monkeypatch):
     monkeypatch.setattr("fairy2i.packed._told", set())
     layer, x = random_layer(METHODS["complex_phase_v2"], 24, 40, "cpu_exact"), torch.randn(3, 40)

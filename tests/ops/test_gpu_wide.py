@@ -198,6 +198,23 @@ def test_scales_that_are_zero_negative_or_far_apart(device, method, config, mult
 
 
 @on_both
+@pytest.mark.parametrize("config", EACH_FORM, ids=str)
+@pytest.mark.parametrize("size, of_x", [(2.5e38, 1e-3), (1e-35, 1e3)])
+def test_scales_at_the_ends_of_float32(device, size, of_x, config, multiply):
+    layer, words, layout = layer_and_words(ROWS, 44, 96, device)
+    layer.scales.copy_(torch.rand_like(layer.scales) * 0.7 + 0.3).mul_(size)
+    layer.scales[1:] *= 0.1  # no weight is too large for bf16
+    layer.scales[:, 1] *= 0.1
+    layer.scales[0, 0, :, :11] = 0.0
+    x, y = torch.randn(9, 96, device=device).bfloat16() * of_x, torch.empty(9, 44, device=device, dtype=torch.bfloat16)
+    multiply(x, words, layer.scales, None, y, layout, None, config)
+    weight = layer.scheme.dequantize(layer.codes_and_scales()[0], layer.scales.double())
+    error = (y.double() - F.linear(x.double(), weight)).abs()
+    allowed = 4 * torch.finfo(torch.bfloat16).eps * x.double().norm(dim=1)[:, None] * weight.norm(dim=1)
+    assert (error <= allowed).all()
+
+
+@on_both
 def test_what_is_not_a_number_stays_with_its_token(device, multiply):
     layer, words, layout = layer_and_words(ROWS, 44, 96, device)
     x = torch.randn(4, 96, device=device).bfloat16()

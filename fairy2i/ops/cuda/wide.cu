@@ -262,7 +262,8 @@ DEVICE void decode(const unsigned *word, const unsigned *factor, unsigned &one1,
 }
 
 // Of the scales of a row (stage, U or W, re or im) what numbers are multiplied with, twice in a register, and what sums
-// are: the first stage's, times -1/2. Quotients have to be finite: what is 2^20 times smaller than another is no less.
+// are: the first stage's, times -1/2. A first scale below 2^-20 of those beside it is raised to that, and to 2^-124, as
+// quotients have to be finite.
 DEVICE void prepare_scales(const float *scale, unsigned *factor, float *of_sums) {
 #pragma unroll
     for (int k = 3; k >= 0; k--) {
@@ -270,13 +271,16 @@ DEVICE void prepare_scales(const float *scale, unsigned *factor, float *of_sums)
         most = fabsf(most);
 #pragma unroll
         for (int i = k + 4; i < SIGNS; i += 4) most = fmaxf(most, fabsf(scale[i]));
-        if (LATE && fabsf(first) < most * 0x1p-20f) first = most * 0x1p-20f;
-        const float times = !LATE ? -0.5f : fabsf(first) < 0x1p-120f ? 0.0f : reciprocal(first);
+        const float least = fmaxf(most * 0x1p-20f, 0x1p-124f);
+        if (LATE && most > 0.0f && fabsf(first) < least) first = least;
+        // a quarter, so that the quotient of the largest is no subnormal number, which would become 0
+        const float times = fabsf(first) < 0x1p-124f ? 0.0f : reciprocal(0.25f * first);
+        auto beside = [&](float x) { return LATE ? times * x * 0.25f : -0.5f * x; };
 #pragma unroll
-        for (int i = LATE ? k + 4 : k; i < SIGNS; i += 4) factor[i] = bfloats(times * scale[i], times * scale[i]);
+        for (int i = LATE ? k + 4 : k; i < SIGNS; i += 4) factor[i] = bfloats(beside(scale[i]), beside(scale[i]));
         if (SUMS_APART && k < 2) {
-            const float beside = times * -2.0f * of_sums[k + 2];
-            factor[k + 2] = bfloats(beside, beside);
+            const float of_w = beside(-2.0f * of_sums[k + 2]);
+            factor[k + 2] = bfloats(of_w, of_w);
         }
         of_sums[k] = -0.5f * first;
     }

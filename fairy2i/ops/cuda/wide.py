@@ -129,7 +129,12 @@ def multiplication(tokens: int) -> str:
 def source(constants: dict[str, int]) -> str:
     """Return the whole source for some constants."""
     lines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
-    return lines + multiplication(constants["TOKENS"]) + SOURCE.read_text()
+    return lines + multiplication(constants["TOKENS"]) + _text()
+
+
+@functools.cache
+def _text() -> str:
+    return SOURCE.read_text(encoding="utf-8")
 
 
 @functools.lru_cache(maxsize=4096)  # what is known of an address stays right, whatever lies there

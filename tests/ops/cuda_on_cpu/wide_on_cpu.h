@@ -201,7 +201,10 @@ DEVICE unsigned multiply_add(unsigned a, unsigned b, unsigned c) {
 DEVICE unsigned multiply_subtract(unsigned a, unsigned b, unsigned c) {
     return pairwise([](double x, double y, double z) { return x * y - z; }, a, b, c);
 }
-DEVICE float reciprocal(float x) { return 1.0f / x; }
+DEVICE float reciprocal(float x) { // subnormal numbers are 0
+    const float y = 1.0f / (std::fabs(x) < 0x1p-126f ? 0.0f * x : x);
+    return std::fabs(y) < 0x1p-126f ? 0.0f : y;
+}
 DEVICE unsigned and_xor(unsigned a, unsigned b, unsigned c) { return (a & b) ^ c; }
 DEVICE unsigned even_odd(unsigned a, unsigned b) { return (a & 0xAAAAAAAAu) | (b & 0x55555555u); }
 DEVICE unsigned bfloats(float low, float high) { return Bfloat::from(low) | (unsigned)Bfloat::from(high) << 16; }
