@@ -311,7 +311,7 @@ class PackedLinear(nn.Module):
         if torch.compiler.is_compiling():
             return self._multiply_in_graph(x, backend)
         if (ahead := self._ahead) is not None:
-            self.__dict__["_ahead"] = None  # past nn.Module's search for parameters
+            self._set_ahead(None)
             if ahead[0] is x and ahead[1] == x._version and ahead[2] is self._kernel:
                 return ahead[3]
         if x.shape[-1] != self.in_features:
@@ -330,12 +330,12 @@ class PackedLinear(nn.Module):
             [layer.out_features for layer in layers],
         )
         for layer, y in zip(layers[1:], outputs[1:], strict=True):
-            layer.__dict__["_ahead"] = (x, x._version, layer._kernel, y)
+            layer._set_ahead((x, x._version, layer._kernel, y))
         return outputs[0]
 
     def _multiply_in_graph(self, x: Tensor, backend: str) -> Tensor:
         if (ahead := self._ahead) is not None:
-            self._ahead = None
+            self._set_ahead(None)
             if ahead[0] is x:
                 return ahead[3]
         if x.shape[-1] != self.in_features:
@@ -354,13 +354,13 @@ class PackedLinear(nn.Module):
         scales = [layer.scales for layer in layers]
         outputs = packed_linears(x, words, scales, biases, [layer.out_features for layer in layers], layout)
         for layer, y in zip(layers[1:], outputs[1:], strict=True):
-            layer._ahead = (x, 0, None, y)
+            layer._set_ahead((x, 0, None, y))
         return outputs[0]
 
     def _multiply_on_gpu(self, x: Tensor, backend: str) -> Tensor:
         compiling = torch.compiler.is_compiling()
         if (ahead := self._ahead) is not None:
-            self._set_ahead(None, compiling)
+            self._set_ahead(None)
             if ahead[0] is x and (compiling or x.is_inference() or ahead[1] == x._version):
                 return ahead[3]
         if x.shape[-1] != self.in_features:
@@ -387,11 +387,11 @@ class PackedLinear(nn.Module):
         outputs = y.split(sizes, dim=-1)
         version = 0 if compiling or x.is_inference() else x._version
         for layer, output in zip(group.layers[1:], outputs[1:], strict=True):
-            layer._set_ahead((x, version, None, output), compiling)
+            layer._set_ahead((x, version, None, output))
         return outputs[0]
 
-    def _set_ahead(self, ahead: tuple[Tensor, int, Any, Tensor] | None, compiling: bool) -> None:
-        if compiling:
+    def _set_ahead(self, ahead: tuple[Tensor, int, Any, Tensor] | None) -> None:
+        if torch.compiler.is_compiling():
             self._ahead = ahead
         else:
             self.__dict__["_ahead"] = ahead  # past nn.Module's search for parameters
@@ -587,6 +587,7 @@ def use_backend(model: nn.Module, backend: Backend) -> nn.Module:
         cpu.library()
     if backend in gpu.MODES and (reason := gpu.why_off()):
         raise RuntimeError(f"the backend {backend} cannot be used: {reason}")
+    ours = []
     for module in model.modules():
         if isinstance(module, PackedLinear):
             module.backend = backend
@@ -594,6 +595,7 @@ def use_backend(model: nn.Module, backend: Backend) -> nn.Module:
                 module._repacked(backend)
             if module._on_gpu():
                 module._repacked("gpu")
+                ours.append(module)
     for module in model.modules():
         for names in SIBLINGS:
             layers = [getattr(module, name, None) for name in names]
@@ -601,7 +603,6 @@ def use_backend(model: nn.Module, backend: Backend) -> nn.Module:
             if len(same) > 1 and len({(layer.in_features, layer.scheme) for layer in same}) == 1:
                 same[0]._siblings = same[1:] if backend != "reference" else []
                 _join(same)
-    ours = [module for module in model.modules() if isinstance(module, PackedLinear) and module._on_gpu()]
     floats = (parameter.dtype for parameter in model.parameters() if parameter.dtype in gpu.DTYPES)
     dtype = next(floats, torch.get_default_dtype())
     for module in ours:

@@ -221,6 +221,11 @@ def unpack(words: Tensor, codes_shape: tuple[int, ...], shape: tuple[int, int], 
     return codes
 
 
+def _words_like(shape: Sequence[int], device: torch.device) -> Tensor:
+    """Return what stands for words where only shape and device are asked for."""
+    return torch.empty((), dtype=torch.int16, device=device).expand(shape)
+
+
 def languages(layout: Sequence[int], shape: tuple[int, int], device: torch.device) -> str:
     """Return what the kernels are written in that multiply such layers, CUDA C++ where one token of bf16 has it.
 
@@ -229,7 +234,7 @@ def languages(layout: Sequence[int], shape: tuple[int, int], device: torch.devic
         shape: rows and columns of the codes.
         device: where they are.
     """
-    words = torch.empty((), dtype=torch.int16, device=device).expand(words_shape(*shape, *layout[:2]))
+    words = _words_like(words_shape(*shape, *layout[:2]), device)
     return "CUDA C++ and Triton" if takes_few(1, layout, torch.bfloat16, words) else "Triton"
 
 
@@ -290,8 +295,7 @@ def _usual_way(
     thresholds: Thresholds,
 ) -> str:
     """Return what :func:`way_for` says of words of a shape."""
-    words = torch.empty((), dtype=torch.int16, device=device).expand(shape)
-    return way_for(tokens, layout, dtype, words, features)
+    return way_for(tokens, layout, dtype, _words_like(shape, device), features)
 
 
 def written_in_cuda(layout: Sequence[int]) -> bool:

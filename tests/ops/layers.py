@@ -16,6 +16,12 @@ on_gpu = pytest.mark.parametrize("device", [_GPU])
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
+def exact_weight(layer):
+    """The dense weight in float64: that in float32 is itself rounded."""
+    codes, scales = layer.codes_and_scales()
+    return layer.scheme.dequantize(codes, scales.double())
+
+
 def random_layer(scheme, out_features, in_features, backend="auto", bias=False, **kind):
     """A layer of random codes and scales, none of which a quantizer need ever make."""
     layer = PackedLinear(in_features, out_features, bias, scheme=scheme, **kind).eval()

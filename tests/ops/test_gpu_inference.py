@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_on_cpu import decode_library
-from layers import DTYPES, NEEDS_TRITON, on_both, on_gpu, random_layer
+from layers import DTYPES, NEEDS_TRITON, exact_weight, on_both, on_gpu, random_layer
 from safetensors.torch import load_file
 from tiny_models import tiny_model, token_batch
 from torch import nn
@@ -95,8 +95,7 @@ def compare(y, x, layer):
     weight is rotated back before, does not do.
     """
     weight, bias = layer.dense_weight(), layer.bias
-    codes, scales = layer.codes_and_scales()
-    exact = F.linear(x.double(), layer.scheme.dequantize(codes, scales.double()), bias.double())
+    exact = F.linear(x.double(), exact_weight(layer), bias.double())
     plain = F.linear(x, weight.to(x.dtype), bias.to(x.dtype)).double() - exact
     assert plain.isfinite().all(), "nothing to compare with"
     assert y.dtype == x.dtype and y.shape == exact.shape
@@ -235,8 +234,7 @@ def test_parts_of_float32_sums_that_are_larger_than_their_sum(device, parts):
     x[1, 2048:4096] = -0.1
     y = x.new_empty(2, 6)
     decode.multiply(x, words, layer.scales, None, y, layout, None, decode.Config(warps=4, depth=2, parts=parts))
-    weight = layer.scheme.dequantize(layer.codes_and_scales()[0], layer.scales.double())
-    exact = F.linear(x.double(), weight)
+    exact = F.linear(x.double(), exact_weight(layer))
     assert (y.double() - exact).abs().max() <= torch.finfo(torch.float32).eps * exact.abs().max()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from layers import on_both, random_layer
+from layers import exact_weight, on_both, random_layer
 
 from fairy2i import METHODS, PhaseScheme
 from fairy2i.ops import cuda, gpu
@@ -36,7 +36,8 @@ def compiled(tmp_path_factory):
     @functools.cache
     def library(constants):
         path = folder / ("_".join(str(value) for _, value in constants) + ".so")
-        flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-Wno-psabi", f"-I{HERE}", f"-I{wide.SOURCE.parent}"]
+        flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-w", "-Wno-psabi"]
+        flags += [f"-I{folder}" for folder in (HERE, Path(wide.__file__).parent)]
         flags += [f"-D{name}={value}" for name, value in constants]
         subprocess.run(["g++", *flags, "-o", path, HERE / "wide.cpp"], check=True)
         return ctypes.CDLL(path)
@@ -79,8 +80,7 @@ def layer_and_words(scheme, out_features, in_features, device, scale=1.0):
 def check(multiply, layer, words, layout, x, config):
     """The error is at most twice that of the plain path in bf16, plus a unit of the result's own rounding."""
     weight = layer.dense_weight()
-    codes, scales = layer.codes_and_scales()
-    exact = F.linear(x.double(), layer.scheme.dequantize(codes, scales.double()), layer.bias.double())
+    exact = F.linear(x.double(), exact_weight(layer), layer.bias.double())
     plain = F.linear(x, weight.to(x.dtype), layer.bias.to(x.dtype)).double() - exact
     room = torch.full((x.shape[0] + 2, layer.out_features), torch.nan, dtype=x.dtype, device=x.device)
     y = room[1:-1]
@@ -191,7 +191,7 @@ def test_scales_that_are_zero_negative_or_far_apart(device, method, config, mult
     every *= factors
     x = torch.randn(9, 96, device=device).bfloat16()
     y = check(multiply, layer, words, layout, x, config).double() - layer.bias.double()
-    weight = layer.scheme.dequantize(layer.codes_and_scales()[0], layer.scales.double())
+    weight = exact_weight(layer)
     size, eps = x.double().norm(dim=1)[:, None] * weight.norm(dim=1), torch.finfo(torch.bfloat16).eps
     error = (y - F.linear(x.double(), weight)).abs()
     assert (error <= 4 * eps * size + eps * layer.bias.double().abs()).all(), "large rows hide what is wrong in others"
@@ -208,7 +208,7 @@ def test_scales_at_the_ends_of_float32(device, size, of_x, config, multiply):
     layer.scales[0, 0, :, :11] = 0.0
     x, y = torch.randn(9, 96, device=device).bfloat16() * of_x, torch.empty(9, 44, device=device, dtype=torch.bfloat16)
     multiply(x, words, layer.scales, None, y, layout, None, config)
-    weight = layer.scheme.dequantize(layer.codes_and_scales()[0], layer.scales.double())
+    weight = exact_weight(layer)
     error = (y.double() - F.linear(x.double(), weight)).abs()
     allowed = 4 * torch.finfo(torch.bfloat16).eps * x.double().norm(dim=1)[:, None] * weight.norm(dim=1)
     assert (error <= allowed).all()

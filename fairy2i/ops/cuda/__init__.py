@@ -15,7 +15,8 @@ import glob
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,6 +109,17 @@ def architecture(device: torch.device | None = None) -> str:
     """Return what the compiler calls a GPU, with what only that one has."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+
+
+@functools.cache
+def text(*names: str) -> str:
+    """Return sources of this folder, one after the other."""
+    return "\n".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in names)
+
+
+def defined(constants: Mapping[str, int]) -> str:
+    """Return what a source is compiled for, to be put before it."""
+    return "".join(f"#define {name} {value}\n" for name, value in constants.items())
 
 
 def compiled(source: str, target: str, options: Sequence[str] = ()) -> bytes:

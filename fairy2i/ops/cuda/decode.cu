@@ -280,24 +280,9 @@ multiply_few(const __grid_constant__ Arguments a) {
                 fetcher.next(a, last, before + part, end_chunk, groups, parts, lane);
                 const Four *const fragments = (const Four *)(operands + chunk * CHUNK) + lane;
 #pragma unroll
-                for (int quad = 0; quad < QUADS; quad++) {
-                    Four b[TILES];
-                    const int j = quad / 4 * 2;
-#pragma unroll
-                    for (int i = 0; i < TILES; i++) b[i] = fragments[(quad * TILES + i) * 32];
-#pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        const u32 mask = 0x01010101u << (2 * (quad % 4) + e);
-#pragma unroll
-                        for (int pair = 0; pair < PAIRS; pair++) {
-                            const u32 p0 = word[2 * pair][j] & mask, p1 = word[2 * pair][j + 1] & mask;
-                            const u32 q0 = word[2 * pair + 1][j] & mask, q1 = word[2 * pair + 1][j + 1] & mask;
-#pragma unroll
-                            for (int i = 0; i < TILES; i++)
-                                mma(acc[pair][i], p0, q0, p1, q1, b[i].v[2 * e], b[i].v[2 * e + 1]);
-                        }
-                    }
-                }
+                for (int quad = 0; quad < QUADS; quad++)
+                    multiply_signs(word, quad / 4 * 2, 0x01010101u << 2 * (quad % 4), fragments + quad * TILES * 32,
+                                   acc);
             }
             if (LATE) load_scales(a, tile * 8 + g, g % 2 ? -1.0f : 1.0f, scale);
             Part *const to = sums + (tile - start) * tile_sums + part * (TOKENS * 16) + 2 * g;

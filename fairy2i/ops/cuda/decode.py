@@ -7,13 +7,12 @@ import ctypes
 import dataclasses
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..gpu import processors, written_in_cuda
-from . import KINDS, Kernel, kernel
+from . import KINDS, Kernel, defined, kernel, text
 
 SUMS = 16 << 10  # bytes of parts of sums that wait for each other; halves have up to four times as much
 MOST = 16  # tokens
@@ -203,13 +202,7 @@ def source(shape: Sequence[int], stages: int, dtype: torch.dtype, aligned: bool,
         "RANGES": config.ranges,
         "JOBS": found.jobs,
     }
-    return "".join(f"#define {name} {value}\n" for name, value in constants.items()) + _text(config.halves)
-
-
-@functools.cache
-def _text(halves: bool) -> str:
-    names = "prelude.cu", "several.cu" if halves else "decode.cu"
-    return "\n".join(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in names)
+    return defined(constants) + text("prelude.cu", "several.cu" if config.halves else "decode.cu")
 
 
 def reads_eight(x: Tensor) -> bool:
@@ -253,8 +246,8 @@ def _ready(
     found = _planned(shape, stages, tokens, dtype, chip(device), config)
     if found is None:
         raise ValueError(f"words of {shape} and {tokens} tokens of {dtype} are too much for the memory of a block")
-    text = source(shape, stages, dtype, aligned, chip(device).hopper, found)
-    return kernel(text, "multiply_few", device.index, early=found.config.early), found
+    code = source(shape, stages, dtype, aligned, chip(device).hopper, found)
+    return kernel(code, "multiply_few", device.index, early=found.config.early), found
 
 
 def prepare(words: Tensor, layout: Layout, dtype: torch.dtype, features: int) -> None:

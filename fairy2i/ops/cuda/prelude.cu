@@ -205,6 +205,26 @@ DEVICE void load_scales(const Arguments &a, int row, float sign, float (*scale)[
     }
 }
 
+// Multiply the signs of two bits, `ones` and the next, of int32 j and j + 1 of a unit, with the B of these columns.
+template <class Sum, int TILES>
+DEVICE void multiply_signs(const u32 (*word)[J], int j, u32 ones, const Four *from, Sum (*acc)[TILES][4]) {
+    Four b[TILES];
+#pragma unroll
+    for (int i = 0; i < TILES; i++) b[i] = from[i * 32];
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+        const u32 mask = ones << e;
+#pragma unroll
+        for (int pair = 0; pair < PAIRS; pair++) {
+            const u32 p0 = word[2 * pair][j] & mask, p1 = word[2 * pair][j + 1] & mask;
+            const u32 q0 = word[2 * pair + 1][j] & mask, q1 = word[2 * pair + 1][j + 1] & mask;
+#pragma unroll
+            for (int i = 0; i < TILES; i++)
+                mma(acc[pair][i], p0, q0, p1, q1, b[i].v[2 * e], b[i].v[2 * e + 1]);
+        }
+    }
+}
+
 // what the sums of a row and a tile give to the outputs, those of p + q less `ones`
 template <class Sum, int TILES, class Real>
 DEVICE void outputs(Sum (*acc)[TILES][4], int tile, const Sum *ones, const float (*scale)[2], Real &re, Real &im) {

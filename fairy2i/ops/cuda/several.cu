@@ -207,25 +207,11 @@ multiply_few(const __grid_constant__ Arguments a) {
                 const Four *from = mine + chunk * (QUADS * TILES * 32);
 #pragma unroll
                 for (int quad = 0; quad < QUADS; quad++) {
-                    Four b[TILES];
                     const int j = quad / 8 * 2;
                     if (quad % 8 == 4) // the upper 8 bits of both numbers
 #pragma unroll
                         for (int sign = 0; sign < 2 * PAIRS; sign++) word[sign][j] >>= 8, word[sign][j + 1] >>= 8;
-#pragma unroll
-                    for (int i = 0; i < TILES; i++) b[i] = from[(quad * TILES + i) * 32];
-#pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        const u32 mask = 0x00010001u << (2 * (quad % 4) + e);
-#pragma unroll
-                        for (int pair = 0; pair < PAIRS; pair++) {
-                            const u32 p0 = word[2 * pair][j] & mask, p1 = word[2 * pair][j + 1] & mask;
-                            const u32 q0 = word[2 * pair + 1][j] & mask, q1 = word[2 * pair + 1][j + 1] & mask;
-#pragma unroll
-                            for (int i = 0; i < TILES; i++)
-                                mma(acc[pair][i], p0, q0, p1, q1, b[i].v[2 * e], b[i].v[2 * e + 1]);
-                        }
-                    }
+                    multiply_signs(word, j, 0x00010001u << 2 * (quad % 4), from + quad * TILES * 32, acc);
                 }
             }
             if (LATE) load_scales(a, tile * 8 + g, 1.0f, scale);

@@ -382,6 +382,7 @@ multiply_wide(const __grid_constant__ Map map, const __grid_constant__ Map words
     const int tile1 = SPLIT > 1 ? cluster : shared ? (end - 1) / steps : shared + cluster;
     auto first_of = [&](int tile) { return tile == tile0 ? begin - tile * steps : 0; };
     auto last_of = [&](int tile) { return tile == tile1 && tile0 >= 0 ? end - tile * steps : steps; };
+    auto row0_of = [&](int tile) { return (tile % row_tiles * PAIR + (int)in_pair) * BLOCK_ROWS; }; // of the codes
     auto after = [&](int tile) {
         if (SPLIT > 1) return tiles;
         return tile >= shared ? tile + clusters : tile > tile0 ? tile - 1 : shared + cluster;
@@ -427,7 +428,7 @@ multiply_wide(const __grid_constant__ Map map, const __grid_constant__ Map words
             int slot = 0, round = 0;
             for (int tile = tile1; tile < tiles; tile = after(tile)) {
                 const int first = first_of(tile), last = last_of(tile);
-                const int row0 = (tile % row_tiles * PAIR + in_pair) * BLOCK_ROWS;
+                const int row0 = row0_of(tile);
                 for (int c = first / CHUNK_STEPS; c <= (last - 1) / CHUNK_STEPS && first < last; c++) {
                     if (round) barrier_wait(words_empty + 8 * slot, (round - 1) & 1);
                     barrier_expect(words_full + 8 * slot, WORDS);
@@ -454,7 +455,7 @@ multiply_wide(const __grid_constant__ Map map, const __grid_constant__ Map words
         }
         if (warp == WARPS + 3) // who multiplies reads them when the kernel before has ended
             for (int i = lane; i < (ROWS ? SIGNS * BLOCK_ROWS / 16 : 1); i += 32) {
-                const int row = (tile1 % row_tiles * PAIR + (int)in_pair) * BLOCK_ROWS + i % (BLOCK_ROWS / 16) * 16;
+                const int row = row0_of(tile1) + i % (BLOCK_ROWS / 16) * 16;
                 if (!ROWS) prefetch_line(scales);
                 else if (row < n) prefetch_line(scales + (long long)(i / (BLOCK_ROWS / 16)) * n + row);
             }
@@ -465,7 +466,7 @@ multiply_wide(const __grid_constant__ Map map, const __grid_constant__ Map words
         more_registers();
         const int g = lane / 4, t = lane % 4, in_block_row = warp * 8 + g;
         auto row_of = [&](int tile) { // of the codes; the last one for those that are none
-            const int row = (tile % row_tiles * PAIR + (int)in_pair) * BLOCK_ROWS + in_block_row;
+            const int row = row0_of(tile) + in_block_row;
             return row < n ? row : n - 1;
         };
         float sums[CHAINS][COLUMNS / 2], outputs[TOKENS / 2], *const acc = LATE ? outputs : sums[0];
@@ -513,7 +514,7 @@ multiply_wide(const __grid_constant__ Map map, const __grid_constant__ Map words
 
         for (int tile = tile1; tile < tiles; tile = after(tile)) {
             const int first = first_of(tile), last = last_of(tile);
-            const int row0 = (tile % row_tiles * PAIR + (int)in_pair) * BLOCK_ROWS, token0 = tile / row_tiles * TOKENS;
+            const int row0 = row0_of(tile), token0 = tile / row_tiles * TOKENS;
             Step at(first, steps, chunks);
             before = -1;
             if (first < last) begin_chunk(at);

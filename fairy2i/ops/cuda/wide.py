@@ -6,15 +6,13 @@ import functools
 import itertools
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..gpu import processors, written_in_cuda
-from . import KINDS, Kernel, driver, kernel
+from . import KINDS, Kernel, defined, driver, kernel, text
 
-SOURCE = Path(__file__).with_name("wide.cu")
 ROWS = 64  # of the codes in a block
 STEP = 64  # columns of the codes
 THREADS = 384
@@ -128,13 +126,7 @@ def multiplication(tokens: int) -> str:
 
 def source(constants: dict[str, int]) -> str:
     """Return the whole source for some constants."""
-    lines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
-    return lines + multiplication(constants["TOKENS"]) + _text()
-
-
-@functools.cache
-def _text() -> str:
-    return SOURCE.read_text(encoding="utf-8")
+    return defined(constants) + multiplication(constants["TOKENS"]) + text("wide.cu")
 
 
 @functools.lru_cache(maxsize=4096)  # what is known of an address stays right, whatever lies there
@@ -249,24 +241,24 @@ def launch_flags(blocks: int, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=4096)
 def _ready(
-    shape: tuple[int, ...], layout: tuple[int, ...], features: int, tokens: int, device: torch.device, config: Config
-) -> tuple[Kernel, tuple[int, int, int], int, int]:
-    """Return the kernel for such words, compiled at the first use, blocks, shared tiles, and bytes of a block."""
+    shape: tuple[int, ...],
+    layout: tuple[int, ...],
+    features: int,
+    tokens: int,
+    device: torch.device,
+    config: Config | None,
+) -> tuple[Config, Kernel, tuple[int, int, int], int, int]:
+    """Return configuration, kernel, compiled at the first use, blocks, shared tiles, and bytes of a block."""
+    config = config or wide_config(shape[2], features // 2, tokens, processors(device))
     loaded = kernel(source(defines(shape, layout, config)), "multiply_wide", device.index, early=True)
     memory = slots(config, shape[3], shape[1], shape[4])[2]
-    return loaded, *grid(shape[2], features // 2, tokens, config, processors(device)), memory
-
-
-def config_for(words: Tensor, features: int, tokens: int) -> Config:
-    """Return the configuration for words, the inputs that they have, and so many tokens."""
-    return wide_config(words.shape[2], features // 2, tokens, processors(words.device))
+    return config, loaded, *grid(shape[2], features // 2, tokens, config, processors(device)), memory
 
 
 def prepare(words: Tensor, layout: Layout, features: int, tokens: Sequence[int]) -> None:
     """Compile what multiplies such words with each of some numbers of tokens; layers that :func:`takes` takes."""
     for count in tokens:
-        config = config_for(words, features, count)
-        _ready(tuple(words.shape), tuple(layout), features, count, words.device, config)
+        _ready(tuple(words.shape), tuple(layout), features, count, words.device, None)
 
 
 def wide(
@@ -282,9 +274,9 @@ def wide(
     """Multiply bf16 (tokens, in_features) into y; layers that :func:`takes` takes."""
     if x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
         x = x.clone(memory_format=torch.contiguous_format)
-    config = config or config_for(words, x.shape[1], x.shape[0])
     tokens, features = x.shape
-    launch, blocks, shared, memory = _ready(tuple(words.shape), tuple(layout), features, tokens, x.device, config)
+    ready = _ready(tuple(words.shape), tuple(layout), features, tokens, x.device, config)
+    config, launch, blocks, shared, memory = ready
     sums = flags = None
     if shared:
         sums = torch.empty(blocks[0], 2 * ROWS, config.tokens, dtype=torch.float32, device=x.device)
